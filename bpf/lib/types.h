@@ -131,19 +131,26 @@ struct ct_key {
 };
 _Static_assert(sizeof(struct ct_key) == 40, "struct ct_key");
 
-#define CT_F_INIT_LO      (1u << 0) /* the lo end sent the first packet */
-#define CT_F_SEEN_NON_SYN (1u << 1)
-#define CT_F_INIT_CLOSING (1u << 2) /* FIN or RST seen from the initiator */
-#define CT_F_RESP_CLOSING (1u << 3)
-#define CT_F_SEEN_REPLY   (1u << 4)
-#define CT_F_NAT          (1u << 5) /* nat_addr, nat_port_be are set */
-#define CT_F_PROXY        (1u << 6) /* reserved */
+/* ct_entry.flags: written once, before the entry is visible (CT_F_NAT: before the first packet leaves). */
+#define CT_F_INIT_LO   (1u << 0) /* the lo end sent the first packet */
+#define CT_F_NAT       (1u << 1) /* nat_addr, nat_port_be are set */
+#define CT_F_PROXY     (1u << 2) /* reserved */
+#define CT_F_FROM_HOST (1u << 3) /* the initiator is this node's own stack */
+#define CT_F_OUTSIDE   (1u << 4) /* the initiator came in from outside: never host, node or endpoint identity */
 
-/* What one end's policy said of this connection, and what it was told. */
+/* ct_entry.seen[direction]: each direction writes its own byte, so two CPUs need no atomics (5.10 has none that or). */
+#define CT_SEEN_NON_SYN (1u << 0) /* a packet without SYN */
+#define CT_SEEN_CLOSING (1u << 1) /* FIN or RST */
+
+/*
+ * What one end's policy said of this connection, and what it was told. The
+ * first two fields are written as one 64-bit word: whatever pair is read, that
+ * identity was admitted under that revision.
+ */
 struct ct_side {
 	__u32 policy_rev;  /* policy_meta.rev then; 0: never judged */
-	__u32 epoch;       /* runtime.ipcache_epoch, read before the identity was */
 	__u32 remote_id;
+	__u32 epoch;       /* runtime.ipcache_epoch, read before the identity was */
 	__u32 rule_id;
 };
 
@@ -154,12 +161,12 @@ struct ct_entry {
 	__u32 expires_s;         /* monotonic seconds */
 	__u32 last_report_s[2];  /* trace aggregation, a direction each */
 	__u8 report_flags[2];    /* TCP flags already reported */
-	__u8 flags;              /* CT_F_* */
-	__u8 pad0;
+	__u8 seen[2];            /* CT_SEEN_*, a direction each */
 	union addr nat_addr;     /* the address the world sees (masquerade) */
 	__be16 nat_port_be;
 	__be16 proxy_port_be;
-	__u32 pad1;
+	__u8 flags;              /* CT_F_* */
+	__u8 pad[3];
 };
 _Static_assert(sizeof(struct ct_entry) == 104, "struct ct_entry");
 
@@ -197,7 +204,7 @@ _Static_assert(sizeof(struct device) == 40, "struct device");
 struct frag_key {
 	union addr saddr, daddr;
 	__be32 id_be;
-	__u8 proto;
+	__u8 proto;        /* IPv4 only (RFC 791); IPv6 datagrams are told apart without it (RFC 8200) */
 	__u8 pad[3];
 };
 _Static_assert(sizeof(struct frag_key) == 40, "struct frag_key");
@@ -206,13 +213,18 @@ struct frag_range {
 	__u16 start, end;  /* bytes of the datagram's payload, end exclusive; 0,0 unused */
 };
 
+#define FRAG_F_LAST (1u << 0) /* the last fragment has been seen */
+#define FRAG_F_BAD  (1u << 1) /* overlapped: the rest of the datagram is dropped too (RFC 5722) */
+
 struct frag_value {
-	__be16 sport_be, dport_be;
+	__be16 sport_be, dport_be;   /* ICMP: sport is type << 8 | code, dport the echo identifier */
 	__u16 first_end;   /* end of the first fragment */
 	__u16 contig_end;  /* everything below has arrived */
 	__u32 expires_s;
 	struct frag_range island[4]; /* ranges beyond contig_end */
-	__u32 pad;
+	__u8 proto;                  /* the upper layer's */
+	__u8 flags;                  /* FRAG_F_* */
+	__u16 pad;
 };
 _Static_assert(sizeof(struct frag_value) == 32, "struct frag_value");
 
