@@ -64,7 +64,11 @@ BPF_OBJECTS := $(BPF_SOURCES:bpf/%.c=build/bpf/%.o)
 
 .PHONY: bpf
 bpf: setup ## Compile bpf/*.c to build/bpf
-	@$(MAKE) $(BPF_OBJECTS)
+	@$(MAKE) bpf-objects
+
+.PHONY: bpf-objects
+bpf-objects: $(BPF_OBJECTS)
+	@:
 
 # Written beside and moved into place: a compiler that is killed leaves no half object.
 build/bpf/%.o: bpf/%.c Makefile
