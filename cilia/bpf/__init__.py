@@ -1,0 +1,29 @@
+"""eBPF from Python: libbpf through ctypes, pinned maps, attachments, the event ring, probing.
+
+Everything privileged that Cilia does with eBPF is in this package; it imports nothing else of ours.
+"""
+
+from cilia.bpf.errors import BpfError, LayoutError, MigrationRefused, VerifierError
+from cilia.bpf.layout import LayoutSet
+from cilia.bpf.map import Map, MapDefinition
+from cilia.bpf.migrate import MapPolicy, Migration, OnChange
+from cilia.bpf.object import Object, load_all
+from cilia.bpf.program import Program, SkBuffCtx, TestRun
+
+__all__ = [
+    "BpfError",
+    "LayoutError",
+    "LayoutSet",
+    "Map",
+    "MapDefinition",
+    "MapPolicy",
+    "Migration",
+    "MigrationRefused",
+    "Object",
+    "OnChange",
+    "Program",
+    "SkBuffCtx",
+    "TestRun",
+    "VerifierError",
+    "load_all",
+]
