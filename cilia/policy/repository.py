@@ -1,0 +1,210 @@
+"""The documents in force, found by name, and their rules, found by the endpoints they are about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final
+
+from cilia.labels import Labels
+from cilia.policy.api import (
+    CidrSelector,
+    Document,
+    DocumentKey,
+    Network,
+    Origin,
+    Rule,
+    RuleID,
+    RuleRef,
+)
+from cilia.policy.selectorcache import AnchorIndex
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredRule:
+    """A rule in force. Equal only to itself: a document put in again has new ones."""
+
+    document: Document
+    rule: Rule
+    serial: int
+
+
+class RuleIDs:
+    """Stable 32-bit numbers of rules: a hash of policy and path, the same on every node and after restarts.
+
+    Where two hash alike, the one that sorts first keeps its hash and the others probe on, whatever the
+    order in which they came. 0 is never given: in the kernel it means that no rule decided.
+    """
+
+    def __init__(self, digest: Callable[[str, int], int] | None = None) -> None:
+        self._digest: Final = digest or _digest
+        self._by_place: Final[dict[tuple[DocumentKey, str], RuleID]] = {}
+        self._refs: Final[dict[RuleID, RuleRef]] = {}
+        self._displaced = False
+
+    def replace(self, old: Document | None, new: Document | None) -> bool:
+        """Drop one document's rules and enter another's. True when numbers of other documents moved."""
+        fresh: dict[str, Origin] = _places(new) if new is not None else {}
+        gone = [(old.key, path) for path in _places(old)] if old is not None else []
+        clash = False
+        for place in gone:
+            if new is not None and new.key == place[0] and place[1] in fresh:
+                continue
+            number = self._by_place.pop(place)
+            del self._refs[number]
+        if new is not None:
+            for path, origin in fresh.items():
+                place = (new.key, path)
+                number = self._by_place.get(place) or self._first(place)
+                taken = self._refs.get(number)
+                if taken is not None and (taken.policy, taken.path) != (new.ref, path):
+                    clash = True
+                    number = self._free(place)
+                self._by_place[place] = number
+                self._refs[number] = RuleRef(number, new.ref, path, origin)
+        if clash or self._displaced:
+            return self._settle()
+        return False
+
+    def _first(self, place: tuple[DocumentKey, str]) -> RuleID:
+        return RuleID(self._digest(f"{place[0]}\0{place[1]}", 0) or 1)
+
+    def _free(self, place: tuple[DocumentKey, str]) -> RuleID:
+        probe = 0
+        while True:
+            probe += 1
+            number = RuleID(self._digest(f"{place[0]}\0{place[1]}", probe) or 1)
+            if number not in self._refs:
+                return number
+
+    def _settle(self) -> bool:
+        """Give all numbers again, in sorted order. Rare: it takes two rules that hash alike."""
+        before = dict(self._by_place)
+        origins = {place: self._refs[number].origin for place, number in before.items()}
+        self._by_place.clear()
+        self._refs.clear()
+        self._displaced = False
+        for place in sorted(before):
+            number = self._first(place)
+            if number in self._refs:
+                number, self._displaced = self._free(place), True
+            self._by_place[place] = number
+            self._refs[number] = RuleRef(number, str(place[0]), place[1], origins[place])
+        return before != self._by_place
+
+    def number(self, key: DocumentKey, path: str) -> RuleID:
+        return self._by_place[key, path]
+
+    def ref(self, number: int) -> RuleRef:
+        """Raises KeyError for a number that no rule has."""
+        return self._refs[RuleID(number)]
+
+    def get(self, number: int) -> RuleRef | None:
+        return self._refs.get(RuleID(number))
+
+
+def _digest(text: str, probe: int) -> int:
+    data = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4, salt=b"%08x" % probe)
+    return int.from_bytes(data.digest(), "big")
+
+
+def _places(document: Document) -> dict[str, Origin]:
+    """Every place of a document that a verdict can point at."""
+    found: dict[str, Origin] = {}
+    for rule in document.rules:
+        found[rule.path] = rule.origin
+        for isolation in (rule.isolates_ingress, rule.isolates_egress):
+            if isolation is not None:
+                found[isolation[0]] = isolation[1]
+        found.update((x.path, x.origin) for x in rule.elements)
+    return found
+
+
+class Repository:
+    """The set of documents. The revision rises with each change and never with none."""
+
+    def __init__(self, ids: RuleIDs | None = None) -> None:
+        self.revision = 1
+        self.ids: Final = ids or RuleIDs()
+        self._documents: Final[dict[DocumentKey, tuple[Document, tuple[StoredRule, ...]]]] = {}
+        self._index: Final[AnchorIndex[StoredRule]] = AnchorIndex()
+        self._prefixes: Final[Counter[Network]] = Counter()
+        self._serial = 0
+
+    def upsert(self, document: Document) -> tuple[StoredRule, ...] | None:
+        """Put a document in, replacing the one of its name.
+
+        Gives the rules that went and came; None when the same document is there already.
+        """
+        old = self._documents.get(document.key)
+        if old is not None and old[0] == document:
+            return None
+        gone = self._drop(document.key)
+        stored = []
+        for rule in document.rules:
+            self._serial += 1
+            stored.append(StoredRule(document, rule, self._serial))
+        self._documents[document.key] = document, tuple(stored)
+        for item in stored:
+            self._index.add(item.rule.selector, item)
+        self._prefixes.update(_prefixes(document))
+        self.moved = self.ids.replace(old[0] if old else None, document)
+        self.revision += 1
+        return (*gone, *stored)
+
+    def delete(self, kind: str, namespace: str | None, name: str) -> tuple[StoredRule, ...] | None:
+        """Take a document out; gives its rules, or None when there is none of this name."""
+        key = DocumentKey(str(kind), namespace or "", name)
+        old = self._documents.get(key)
+        if old is None:
+            return None
+        gone = self._drop(key)
+        self.moved = self.ids.replace(old[0], None)
+        self.revision += 1
+        return gone
+
+    #: Whether the last change gave rules of other documents new numbers.
+    moved: bool = False
+
+    def _drop(self, key: DocumentKey) -> tuple[StoredRule, ...]:
+        found = self._documents.pop(key, None)
+        if found is None:
+            return ()
+        document, rules = found
+        for item in rules:
+            self._index.remove(item.rule.selector, item)
+        self._prefixes.subtract(_prefixes(document))
+        for prefix in _prefixes(document):
+            if not self._prefixes[prefix]:
+                del self._prefixes[prefix]
+        return rules
+
+    def get(self, kind: str, namespace: str | None, name: str) -> Document | None:
+        found = self._documents.get(DocumentKey(str(kind), namespace or "", name))
+        return found[0] if found else None
+
+    def documents(self) -> tuple[Document, ...]:
+        """All of them, sorted by kind, namespace and name."""
+        return tuple(self._documents[key][0] for key in sorted(self._documents))
+
+    def keys(self) -> Mapping[DocumentKey, object]:
+        return self._documents
+
+    def rules_for(self, subject: Labels) -> tuple[StoredRule, ...]:
+        """The rules about an endpoint with these labels, sorted by policy and place."""
+        found = [x for x in self._index.candidates(subject) if x.rule.selector.matches(subject)]
+        return tuple(sorted(found, key=lambda x: (x.document.key, x.serial)))
+
+    def prefixes(self) -> frozenset[Network]:
+        """The prefixes and exceptions that rules name, /0 left out: it is the world of its family."""
+        return frozenset(self._prefixes)
+
+
+def _prefixes(document: Document) -> Iterable[Network]:
+    for rule in document.rules:
+        for element in rule.elements:
+            for peer in element.peers or ():
+                if isinstance(peer, CidrSelector):
+                    yield from (x for x in (peer.prefix, *peer.excepts) if x.prefixlen)
