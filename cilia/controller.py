@@ -41,7 +41,7 @@ def linear_backoff(failures: int, base_s: float, cap_s: float, jitter: float = 0
     one store do not return to it in step.
     """
     wait = min(failures * base_s, cap_s)
-    return wait * (1 + jitter * random.uniform(-1, 1))  # noqa: S311 -- spreads load, guards nothing
+    return wait * (1 + jitter * random.uniform(-1, 1))
 
 
 def describe(error: BaseException) -> str:

@@ -7,6 +7,7 @@ about gRPC. What is not a `DomainError` is a programmer error and is reported as
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
@@ -114,3 +115,22 @@ class ExhaustedError(DomainError):
 
 class UnavailableError(DomainError):
     default_kind = Kind.UNAVAILABLE
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a rule was written; `line` and `column` count from 1, 0 is unknown."""
+
+    source: str
+    line: int = 0
+    column: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault as it arrives from another process: what the edge made of a `FaultLike`."""
+
+    document: str
+    path: str
+    message: str
+    origin: Origin | None = None

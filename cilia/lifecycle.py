@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import inspect
 import os
 import signal
 import sys
@@ -45,6 +46,17 @@ class Part(Protocol):
     async def stop(self) -> None: ...
 
 
+# A plain function, or one that returns something to await.
+Callback = Callable[[], Awaitable[None] | None]
+
+
+async def _call(callbacks: list[Callback]) -> None:
+    for callback in callbacks:
+        result = callback()
+        if inspect.isawaitable(result):
+            await result
+
+
 class Lifecycle:
     """The parts of one service, in order."""
 
@@ -52,8 +64,8 @@ class Lifecycle:
         self.service = service
         self._stop_timeout_s = stop_timeout_s
         self._parts: list[tuple[str, Part | AbstractAsyncContextManager[object]]] = []
-        self._on_ready: list[Callable[[], None]] = []
-        self._on_stopping: list[Callable[[], None]] = []
+        self._on_ready: list[Callback] = []
+        self._on_stopping: list[Callback] = []
         self._stop = asyncio.Event()
         self._ready = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -71,11 +83,11 @@ class Lifecycle:
         """
         self.add(name, _TaskPart(self, name, work))
 
-    def on_ready(self, callback: Callable[[], None]) -> None:
+    def on_ready(self, callback: Callback) -> None:
         """Called once all parts have started."""
         self._on_ready.append(callback)
 
-    def on_stopping(self, callback: Callable[[], None]) -> None:
+    def on_stopping(self, callback: Callback) -> None:
         """Called when a stop begins, before the first part is stopped."""
         self._on_stopping.append(callback)
 
@@ -113,11 +125,10 @@ class Lifecycle:
                         await self._start(stack, name, part)
                     else:
                         self._ready.set()
-                        for callback in self._on_ready:
-                            callback()
+                        await _call(self._on_ready)
                         log.info("The service is ready.")
                     # Innermost, so it runs before any part is stopped, whatever ends the wait.
-                    stack.callback(self._announce_stop)
+                    stack.push_async_callback(self._announce_stop)
                     await self._stop.wait()
             finally:
                 self._group = None
@@ -145,11 +156,10 @@ class Lifecycle:
                 **{fields.PART: name, fields.DURATION_S: self._stop_timeout_s},
             )
 
-    def _announce_stop(self) -> None:
+    async def _announce_stop(self) -> None:
         self._stop.set()
         log.info("The service is stopping.", **{fields.REASON: self.stop_reason or "a failure"})
-        for callback in self._on_stopping:
-            callback()
+        await _call(self._on_stopping)
 
 
 class _TaskPart:

@@ -1,0 +1,248 @@
+"""A gRPC server on a unix socket, as a lifecycle part, with health, reflection and readable errors.
+
+The socket is root's and, where the group `cilia` exists, that group's: who may connect may do
+everything. The directory is created 0750, the socket is bound 0600 and then opened to the group, so at
+no moment can anybody else connect. A socket file that nobody listens on is left from a killed process
+and is replaced; a live one is refused, with the pid of its owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import socket as sockets
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import _async as health_aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cilia.errors import ConflictError, PreconditionError
+from cilia.rpc.interceptor import EdgeInterceptor
+from cilia.telemetry import fields
+
+log = structlog.get_logger()
+
+MAX_MESSAGE_BYTES: Final = 64 << 20
+UNARY_LIMIT_S: Final = 120.0
+GROUP: Final = "cilia"
+
+# sun_path of a sockaddr_un, less the final zero (unix(7)).
+_MAX_PATH_BYTES: Final = 107
+
+
+class SocketInUse(ConflictError):
+    """Another process serves on the socket."""
+
+    def __init__(self, path: Path, pid: int | None) -> None:
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(
+            f"{holder} is serving on {path} already",
+            cure="Stop it first, or choose another --run-dir",
+        )
+        self.pid = pid
+
+
+class SocketUnusable(PreconditionError):
+    """The path cannot become a socket of ours."""
+
+
+class Server:
+    """Serves `services`, each the `add_XServicer_to_server` of generated code bound to its servicer:
+    `lambda server: add_EndpointServiceServicer_to_server(servicer, server)`.
+
+    It starts NOT_SERVING; call `set_serving(True)` when the service is ready and `set_serving(False)`
+    when it begins to stop (`lifecycle.on_ready`, `on_stopping`).
+    """
+
+    def __init__(
+        self,
+        *,
+        socket: Path,
+        services: Sequence[Callable[[grpc.aio.Server], None]],
+        group: str | None = GROUP,
+        grace_s: float = 2.0,
+        unary_limit_s: float = UNARY_LIMIT_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.socket = socket
+        self._services = tuple(services)
+        self._group = group
+        self._grace_s = grace_s
+        self._unary_limit_s = unary_limit_s
+        self._max_message_bytes = max_message_bytes
+        self._server: grpc.aio.Server | None = None
+        self._health: Any = None
+        self._names: tuple[str, ...] = ()
+        self._serving = False
+        self._inode: tuple[int, int] | None = None
+
+    @property
+    def service_names(self) -> tuple[str, ...]:
+        """Full names of what is served, once started."""
+        return self._names
+
+    async def start(self) -> None:
+        _check_path(self.socket)
+        gid = _gid(self._group)
+        _ensure_run_directory(self.socket.parent, gid)
+        remove_stale_socket(self.socket)
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor(unary_limit_s=self._unary_limit_s)],
+            options=[
+                ("grpc.max_receive_message_length", self._max_message_bytes),
+                ("grpc.max_send_message_length", self._max_message_bytes),
+                # Clients may ping idle streams as often as ours do; see channel.py.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        names = _NameRecorder(server)
+        for add in self._services:
+            add(names)  # type: ignore[arg-type]  # passes on what generated code calls, and no more
+        self._names = tuple(names.seen)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        await self._publish_health()
+        # The runtime binds here and now. The umask is the process's, but nothing else runs meanwhile.
+        old_umask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{self.socket}")
+        except RuntimeError as error:
+            raise SocketUnusable(
+                f"cannot bind the socket {self.socket}: {error}",
+                cure="Check that its directory exists on a writable file system",
+            ) from error
+        finally:
+            os.umask(old_umask)
+        if gid is not None:
+            os.chown(self.socket, -1, gid)
+            self.socket.chmod(0o660)
+        status = self.socket.stat()
+        self._inode = (status.st_dev, status.st_ino)
+        await server.start()
+        self._server = server
+        log.info("The server is listening.", **{fields.SOCKET: str(self.socket)})
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        self._serving = False
+        await self._publish_health()
+        await server.stop(self._grace_s)
+        with contextlib.suppress(FileNotFoundError):
+            status = self.socket.stat()
+            # Not a successor's socket, should one have taken our place.
+            if (status.st_dev, status.st_ino) == self._inode:
+                self.socket.unlink()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1 answers for the server as a whole and for each of its services."""
+        self._serving = serving
+        if self._health is not None:
+            await self._publish_health()
+
+    async def _publish_health(self) -> None:
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if self._serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+
+class _NameRecorder:
+    """Stands for the server while services are added, and notes their full names."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server: Any = server
+        self.seen: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service_name: str, handlers: Any) -> None:
+        self.seen.append(service_name)
+        self._server.add_registered_method_handlers(service_name, handlers)
+
+
+def listening_pid(path: Path) -> tuple[bool, int | None]:
+    """Whether somebody listens on the unix socket, and who (SO_PEERCRED, unix(7))."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False, None
+        except BlockingIOError:  # its backlog is full: alive, and busy
+            return True, None
+        credentials = probe.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, 12)
+        pid, _, _ = struct.unpack("iII", credentials)
+        return True, pid or None
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Removes a socket file that nobody listens on; an absent one is success.
+
+    Raises SocketInUse or SocketUnusable.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise SocketUnusable(
+            f"{path} exists and is not a socket", cure="Move it away, or choose another --run-dir"
+        )
+    alive, pid = listening_pid(path)
+    if alive:
+        raise SocketInUse(path, pid)
+    path.unlink(missing_ok=True)
+
+
+def _check_path(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if length > _MAX_PATH_BYTES:
+        raise SocketUnusable(
+            f"the socket path {path} is {length} bytes long, the kernel allows {_MAX_PATH_BYTES}",
+            cure="Choose a shorter --run-dir",
+        )
+
+
+def _gid(group: str | None) -> int | None:
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return None
+
+
+def _ensure_run_directory(path: Path, gid: int | None) -> None:
+    """Creates the directory 0750 for the group, or 0700; one that exists is its owner's affair."""
+    try:
+        if not path.is_dir():
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if gid is not None:
+                os.chown(path, -1, gid)
+                path.chmod(0o750)
+    except OSError as error:
+        raise SocketUnusable(
+            f"cannot create the directory {path}: {error.strerror}",
+            cure="Run as root, or choose another --run-dir",
+        ) from error
