@@ -1,7 +1,8 @@
 """Numeric identities: the number that the kernel knows a set of labels by.
 
-Bits 0 to 15 number the identity within a cluster, bits 16 to 23 the cluster, bit 24 marks an identity
-that only this node knows (a CIDR). Only 24 bits travel between nodes, so local ones never leave.
+Bits 0 to 15 number the identity within a cluster, bits 16 to 23 the cluster, bit 24 marks an
+identity that only this node knows (a CIDR). Only 24 bits travel between nodes, so local ones never
+leave.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def is_local(identity: int) -> bool:
 
 def is_cluster(identity: int) -> bool:
     """Whether the identity was allocated for labels, in this cluster or a connected one."""
-    return identity < LOCAL_SCOPE and MIN_CLUSTER_ID <= (identity & 0xFFFF)
+    return identity < LOCAL_SCOPE and (identity & 0xFFFF) >= MIN_CLUSTER_ID
 
 
 def cluster_of(identity: int) -> int:
@@ -114,7 +115,7 @@ def reserved_labels(identity: int) -> Labels:
 
 
 def reserved_identity(labels: Labels) -> NumericIdentity | None:
-    """The reserved identity of exactly these labels, else None (mixed labels are no reserved identity)."""
+    """The reserved identity of exactly these labels; None for any other set."""
     for number, known in _RESERVED_LABELS.items():
         if known == labels or (len(labels) == 1 and reserved_label(RESERVED[number]) in labels):
             return number

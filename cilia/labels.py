@@ -1,9 +1,10 @@
 """Labels: what a workload is, as policy and identity see it.
 
-A label is ``source:key=value``. A set of labels holds one label a key; merging overwrites. Both types are
-immutable and hashable, and every length is bounded, because labels arrive from container runtimes and
-from people. The canonical form (``source:key=value;`` for each label, sorted by key) is what identity
-allocation hashes, so the characters that delimit it are refused inside keys and values.
+A label is ``source:key=value``. A set of labels holds one label a key; merging overwrites. Both
+types are immutable and hashable, and every length is bounded, because labels arrive from container
+runtimes and from people. The canonical form (``source:key=value;`` for each label, sorted by key)
+is what identity allocation hashes, so the characters that delimit it are refused inside keys and
+values.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Label:
             raise LabelError(f"label {_shown(shown)} has an empty source")
         if len(self.source) > MAX_SOURCE or not _SOURCE_RE.match(self.source):
             raise LabelError(
-                f"label {_shown(shown)}: source {_shown(self.source)} must be lower case letters, digits "
-                f"and dashes, at most {MAX_SOURCE}"
+                f"label {_shown(shown)}: source {_shown(self.source)} must be lower case "
+                f"letters, digits and dashes, at most {MAX_SOURCE}"
             )
         if not self.key:
             raise LabelError(f"label {_shown(shown)} has an empty key")
@@ -84,8 +85,9 @@ class Label:
     def parse(cls, text: str) -> Label:
         """Read ``[source:]key[=value]``; without a source it is ``unspec``.
 
-        ``$host`` and ``reserved.host`` are old spellings of ``reserved:host``, and ``reserved:=host`` too.
-        Only the first ``:`` splits off the source and only the first ``=`` the value.
+        ``$host`` and ``reserved.host`` are old spellings of ``reserved:host``, and
+        ``reserved:=host`` too. Only the first ``:`` splits off the source and only the first ``=``
+        the value.
         """
         if not text:
             raise LabelError("a label cannot be empty")
@@ -182,7 +184,7 @@ class Labels:
         return tuple(self._by_key.values())
 
     def get(self, key: str, source: str | None = None) -> Label | None:
-        """The label of this key, if its source is the one asked for (None or ``any``: every source)."""
+        """The label of this key, if it has this source (None or ``any``: every source)."""
         label = self._by_key.get(key)
         if label is None or (source is not None and not label.matches_source(source)):
             return None
@@ -225,7 +227,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class FilterRule:
-    """One rule of a label filter: labels of `source` (None: any) whose key begins with a match of `regex`."""
+    """Labels of `source` (None: any) whose key begins with a match of `regex`."""
 
     regex: str
     source: str | None = None
@@ -263,9 +265,10 @@ DEFAULT_RULES: Final = (
 class LabelFilter:
     """Splits labels into those that make an identity and those that only inform.
 
-    The longest include match is weighed against the shortest ignore match. A user rule that includes
-    switches to whitelist mode: only what is included makes identity. Labels of source ``reserved`` and
-    ``cidr`` always do, or an endpoint could shed its reserved identity by configuration.
+    The longest include match is weighed against the shortest ignore match. A user rule that
+    includes switches to whitelist mode: only what is included makes identity. Labels of source
+    ``reserved`` and ``cidr`` always do, or an endpoint could shed its reserved identity by
+    configuration.
     """
 
     def __init__(self, user_rules: Iterable[FilterRule] = ()) -> None:
@@ -275,7 +278,7 @@ class LabelFilter:
 
     @classmethod
     def parse(cls, text: str) -> LabelFilter:
-        """Read user rules separated by blanks: ``k8s:app !k8s:foo k8s:!bar !foo``. Raises LabelError."""
+        """Read rules like ``k8s:app !k8s:foo k8s:!bar !foo``. Raises LabelError."""
         rules = []
         for word in text.split():
             ignore = word.startswith("!")

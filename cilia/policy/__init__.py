@@ -1,4 +1,5 @@
-"""The policy engine: documents in, map states and explained verdicts out. Pure: no I/O, no asyncio, no gRPC.
+"""The policy engine: documents in, map states and explained verdicts out. Pure: no I/O, no asyncio,
+no gRPC.
 
 tree, schema, language   text -> documents or faults, all or nothing
 api                      what documents say, as frozen types

@@ -1,7 +1,8 @@
-"""What a policy document says, as domain types: selectors, elements, rules, documents, and their faults.
+"""What a policy document says, as domain types: selectors, elements, rules, documents, and their
+faults.
 
-Everything here is frozen and free of input and output. Text becomes these types in `language`, and only
-there; what they mean together is decided in `engine`.
+Everything here is frozen and free of input and output. Text becomes these types in `language`, and
+only there; what they mean together is decided in `engine`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class EndpointSelector:
         return EndpointSelector(self.requirements + added) if added else self
 
     def mentions(self, key: str, *sources: str) -> bool:
-        """Whether some requirement is about this key, under one of these sources (none given: any)."""
+        """Whether some requirement is about this key, under one of these sources (if given)."""
         return any(x.key == key and (not sources or x.source in sources) for x in self.requirements)
 
     def mentions_source(self, source: str) -> bool:
@@ -170,7 +171,7 @@ class EndpointSelector:
 
 @dataclass(frozen=True, slots=True)
 class CidrSelector:
-    """A prefix without its exceptions. It selects CIDR identities and the world, never a managed peer."""
+    """A prefix without its exceptions: CIDR identities and the world, no managed peer."""
 
     prefix: Network
     excepts: tuple[Network, ...] = ()
@@ -270,7 +271,7 @@ class EntitySelector:
 
 @dataclass(frozen=True, slots=True)
 class AbsentSelector:
-    """Peers that nothing here can resolve yet (FQDNs, services, groups): carried, selecting nobody."""
+    """Peers that nothing can resolve yet (FQDNs, services, groups): they select nobody."""
 
     what: str  # toFQDNs
     text: str  # as written, canonical JSON
@@ -363,7 +364,7 @@ class Rule:
     # Where each isolating list begins; None: the rule does not isolate in that direction.
     isolates_ingress: tuple[str, Origin] | None = None
     isolates_egress: tuple[str, Origin] | None = None
-    labels: Labels = Labels()
+    labels: Labels = field(default_factory=Labels)
     description: str = ""
 
     def isolates(self, egress: bool) -> tuple[str, Origin] | None:
@@ -384,8 +385,8 @@ class DocumentKey:
 class Document:
     """One policy document.
 
-    `body` is the document as given, as compact JSON; `origins` says where its rules and elements stood,
-    by path. The two and the name are all that is stored: `rules` follows from them.
+    `body` is the document as given, as compact JSON; `origins` says where its rules and elements
+    stood, by path. The two and the name are all that is stored: `rules` follows from them.
     """
 
     kind: str
@@ -480,6 +481,7 @@ class RuleRef:
 
 __all__ = [
     "ENTITIES",
+    "L4",
     "MAX_PORT",
     "PROTO_BY_NAME",
     "PROTO_NAMES",
@@ -495,7 +497,6 @@ __all__ = [
     "EntitySelector",
     "Fault",
     "Kind",
-    "L4",
     "Network",
     "Origin",
     "ParseResult",

@@ -4,15 +4,16 @@
                                                                      ├──▶ Live ──▶ MapState
     identities ─▶ SelectorCache ─▶ identities of a selector ─────────┘
 
-A *subject* is a set of labels whose traffic policy judges. A *program* is what all rules about it say,
-selector by selector; subjects that the same rules are about share it. *Live* is a program applied to the
-identities there are, and is changed identity by identity. Pure and synchronous throughout.
+A *subject* is a set of labels whose traffic policy judges. A *program* is what all rules about it
+say, selector by selector; subjects that the same rules are about share it. *Live* is a program
+applied to the identities there are, and is changed identity by identity. Pure and synchronous
+throughout.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -192,7 +193,7 @@ def _covered(entry: PolicyEntry, wildcard: PolicyEntry | None) -> bool:
 
 
 def _merge(contributions: list[_Contribution]) -> dict[L4Key, PolicyEntry]:
-    """Rows of one peer: a deny beats an allow of the same key; the first rule in order names the row."""
+    """Rows of one peer: deny beats allow on one key; the first rule in order names it."""
     rows: dict[L4Key, tuple[bool, list[_Contribution]]] = {}
     for c in contributions:
         for key in c.keys:
@@ -300,7 +301,7 @@ class PolicyEngine:
     def set_documents(self, documents: Iterable[Document]) -> int:
         """Make these the documents in force; gives the revision."""
         wanted = {document.key: document for document in documents}
-        for key in [x for x in self.repository.keys() if x not in wanted]:
+        for key in [x for x in self.repository.names() if x not in wanted]:
             self._remove(key)
         # Sorted, so that the engine's state depends on the set alone.
         for key in sorted(wanted):
@@ -336,7 +337,7 @@ class PolicyEngine:
             self._programs.clear()
 
     def cidr_prefixes(self) -> frozenset[Network]:
-        """The prefixes that need an identity of their own on this node, so that rules can tell them."""
+        """The prefixes that need an identity on this node, so that rows can tell them."""
         return self.repository.prefixes()
 
     def rule(self, rule_id: int) -> RuleInfo:
@@ -539,9 +540,9 @@ class PolicyEngine:
     ) -> Verdict:
         """Whether a subject may talk with a peer, and why.
 
-        `direction` is the subject's; `proto` a number or a name; `port` the destination port, of ICMP the
-        type. A peer may be an identity the engine knows, or labels. Raises KeyError for an identity it does
-        not know, ValueError for a protocol or port that is none.
+        `direction` is the subject's; `proto` a number or a name; `port` the destination port, of
+        ICMP the type. A peer may be an identity the engine knows, or labels. Raises KeyError for an
+        identity it does not know, ValueError for a protocol or port that is none.
         """
         egress = direction == "egress"
         number = _protocol(proto)
@@ -668,7 +669,7 @@ def _listed(refs: tuple[RuleRef, ...], limit: int = 3) -> str:
 
 
 def describe(labels: Labels) -> str:
-    """Labels as people name a peer: without the sources, the namespace in front if it is not default."""
+    """Labels as people name a peer: no sources, and no namespace when it is default."""
     cidr = next((x for x in labels if x.source == SOURCE_CIDR), None)
     if cidr is not None:
         return cidr.key

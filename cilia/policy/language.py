@@ -1,8 +1,9 @@
 """The policy language: one table of what documents may say, and what it means.
 
-`parse_documents` takes text from anywhere and never raises: it gives documents or faults, all or nothing.
-What is legal but has no enforcer yet (L7 rules, FQDNs, services, named ports, ...) is carried and allows
-nothing, with a warning. In a deny rule the same is a fault: there, ignoring it would open something.
+`parse_documents` takes text from anywhere and never raises: it gives documents or faults, all or
+nothing. What is legal but has no enforcer yet (L7 rules, FQDNs, services, named ports, ...) is
+carried and allows nothing, with a warning. In a deny rule the same is a fault: there, ignoring it
+would open something.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cilia.labels import (
 )
 from cilia.policy.api import (
     ENTITIES,
+    L4,
     MAX_PORT,
     PROTO_ICMP,
     PROTO_ICMPV6,
@@ -47,7 +49,6 @@ from cilia.policy.api import (
     EntitySelector,
     Fault,
     Kind,
-    L4,
     Network,
     Origin,
     ParseResult,
@@ -102,8 +103,8 @@ def _selector_key(text: str) -> tuple[str, str]:
             )
         if not _LABEL_NAME.match(name):
             raise ValueError(
-                f"label key {shown(text)} must be letters, digits, '-', '_' and '.', begin and end with a "
-                "letter or digit, at most 63 characters"
+                f"label key {shown(text)} must be letters, digits, '-', '_' and '.', begin and "
+                "end with a letter or digit, at most 63 characters"
             )
     return source, key
 
@@ -112,8 +113,8 @@ def _label_value(text: str, source: str) -> str | None:
     """Why the text cannot be the value of a label of this source; None when it can."""
     if source in (SOURCE_ANY, SOURCE_K8S, SOURCE_UNSPEC) and not _LABEL_VALUE.match(text):
         return (
-            f"label value {shown(text)} must be letters, digits, '-', '_' and '.', begin and end with a letter "
-            "or digit, at most 63 characters"
+            f"label value {shown(text)} must be letters, digits, '-', '_' and '.', begin and end "
+            "with a letter or digit, at most 63 characters"
         )
     try:
         Label(SOURCE_ANY, "key", text)
@@ -201,7 +202,7 @@ def _build_selector(v: dict[str, Any], node: Node, path: str, c: Checking) -> An
 
 
 class _LabelText:
-    """A value of matchLabels; null is the empty value, as `reserved:host:` without quotes is written."""
+    """A value of matchLabels; null is the empty one, as in `reserved:host:` unquoted."""
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
         if node.value is None:
@@ -659,7 +660,10 @@ class _ElementType:
         other = "from" if egress else "to"
         peers = _peer_fields(side)
         elsewhere = {
-            name: f"belongs to {'ingress' if egress else 'egress'}; here it is {side}{name[len(other) :]}"
+            name: (
+                f"belongs to {'ingress' if egress else 'egress'}; "
+                f"here it is {side}{name[len(other) :]}"
+            )
             for name in (*_peer_fields(other), f"{other}Requires")
         }
         if egress:
@@ -884,7 +888,8 @@ def _scope_subject(
                 c.warn(
                     f"{path}.endpointSelector" if path else "endpointSelector",
                     node,
-                    f"names another namespace ({requirement}); the rule stays one of namespace {namespace}",
+                    f"names another namespace ({requirement}); "
+                    f"the rule stays one of namespace {namespace}",
                 )
         else:
             kept.append(requirement)
@@ -952,8 +957,8 @@ def _dns(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if not pattern.match(text):
             raise ValueError(
-                f"{shown(text)} is not a {what}: lower case letters, digits and '-', beginning and ending "
-                "with a letter or digit"
+                f"{shown(text)} is not a {what}: lower case letters, digits and '-', beginning and "
+                "ending with a letter or digit"
             )
         return text
 
@@ -1061,7 +1066,8 @@ class _Reader:
             if kind.value == "NetworkPolicy":
                 message = "Kubernetes' NetworkPolicy is not supported yet"
             else:
-                message = f"{shown(kind.value)} is not a known kind{suggestion(str(kind.value), list(Kind))}"
+                hint = suggestion(str(kind.value), list(Kind))
+                message = f"{shown(kind.value)} is not a known kind{hint}"
             self.fault(title, "kind", message, kind)
             return None
         c = Checking(self.source, title)
@@ -1189,8 +1195,8 @@ def parse_documents(
 ) -> ParseResult:
     """Read policy documents from YAML (many documents) or JSON text.
 
-    All or nothing: with one fault anywhere there are no documents, and every fault is given with its
-    document, field path, line and column. Never raises for anything the text holds.
+    All or nothing: with one fault anywhere there are no documents, and every fault is given with
+    its document, field path, line and column. Never raises for anything the text holds.
     """
     reader = _Reader(source, default_namespace)
     try:

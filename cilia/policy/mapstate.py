@@ -1,10 +1,12 @@
 """What one policy map holds: rows by peer identity and L4 prefix, and the lookup the kernel makes.
 
-The rows and their precedence are those of ``struct policy_key`` in bpf/lib/types.h: L4 is a prefix of the 24
-bits protocol, port. A deny row wins; else the longest L4 prefix; on equal length the row with the identity.
+The rows and their precedence are those of ``struct policy_key`` in bpf/lib/types.h: L4 is a prefix
+of the 24 bits protocol, port. A deny row wins; else the longest L4 prefix; on equal length the row
+with the identity.
 
-A map state is a snapshot. Its rows are kept per identity in blocks that are shared: peers that the same
-selectors match have the same rows, so thousands of identities cost thousands of pointers, not of rows.
+A map state is a snapshot. Its rows are kept per identity in blocks that are shared: peers that the
+same selectors match have the same rows, so thousands of identities cost thousands of pointers, not
+of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
-from cilia.policy.api import MAX_PORT, L4, RuleID
+from cilia.policy.api import L4, MAX_PORT, RuleID
 
 ANY_IDENTITY: Final = 0
 PLEN_ANY: Final = 0
@@ -56,7 +58,7 @@ class PolicyKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
-    """One row's value. rule_id 0: no rule, an implicit allow. `rules` are all rules that say the same."""
+    """One row's value. rule_id 0: an implicit allow. `rules`: all that say the same."""
 
     deny: bool
     rule_id: RuleID
@@ -155,8 +157,8 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         seen: int = 0,
     ) -> None:
         self._blocks: Final = blocks
-        # The journal of identities that changed, shared by the snapshots of one live state, and how much
-        # of it this snapshot has seen: between two of them only those identities can differ.
+        # The journal of identities that changed, shared by the snapshots of one live state, and how
+        # much of it this snapshot has seen: between two of them only those identities can differ.
         self._log: Final = log
         self._seen: Final = seen
 

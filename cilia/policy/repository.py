@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -32,10 +32,10 @@ class StoredRule:
 
 
 class RuleIDs:
-    """Stable 32-bit numbers of rules: a hash of policy and path, the same on every node and after restarts.
+    """Stable 32-bit numbers of rules: a hash of policy and path, the same on every node.
 
-    Where two hash alike, the one that sorts first keeps its hash and the others probe on, whatever the
-    order in which they came. 0 is never given: in the kernel it means that no rule decided.
+    Where two hash alike, the one that sorts first keeps its hash and the others probe on, whatever
+    the order in which they came. 0 is never given: in the kernel it means that no rule decided.
     """
 
     def __init__(self, digest: Callable[[str, int], int] | None = None) -> None:
@@ -45,7 +45,7 @@ class RuleIDs:
         self._displaced = False
 
     def replace(self, old: Document | None, new: Document | None) -> bool:
-        """Drop one document's rules and enter another's. True when numbers of other documents moved."""
+        """Swap one document's rules for another's. True when numbers of others moved."""
         fresh: dict[str, Origin] = _places(new) if new is not None else {}
         gone = [(old.key, path) for path in _places(old)] if old is not None else []
         clash = False
@@ -189,8 +189,8 @@ class Repository:
         """All of them, sorted by kind, namespace and name."""
         return tuple(self._documents[key][0] for key in sorted(self._documents))
 
-    def keys(self) -> Mapping[DocumentKey, object]:
-        return self._documents
+    def names(self) -> tuple[DocumentKey, ...]:
+        return tuple(self._documents)
 
     def rules_for(self, subject: Labels) -> tuple[StoredRule, ...]:
         """The rules about an endpoint with these labels, sorted by policy and place."""
@@ -198,7 +198,7 @@ class Repository:
         return tuple(sorted(found, key=lambda x: (x.document.key, x.serial)))
 
     def prefixes(self) -> frozenset[Network]:
-        """The prefixes and exceptions that rules name, /0 left out: it is the world of its family."""
+        """The prefixes and exceptions that rules name; not /0, the world of its family."""
         return frozenset(self._prefixes)
 
 

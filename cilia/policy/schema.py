@@ -1,7 +1,9 @@
-"""A small declarative schema: what a document may hold, and a walker that finds every fault at once.
+"""A small declarative schema: what a document may hold, and a walker that finds every fault at
+once.
 
-A table of these types describes the language once. Each type checks a node, records faults with the path
-and place of the very value that is wrong, and returns what the node means. Unknown fields are faults.
+A table of these types describes the language once. Each type checks a node, records faults with the
+path and place of the very value that is wrong, and returns what the node means. Unknown fields are
+faults.
 """
 
 from __future__ import annotations
@@ -180,7 +182,7 @@ class Anything:
 
 @dataclass(frozen=True, slots=True)
 class ListOf:
-    """A list; gives the meanings of its good items. `null` is the empty list only where `null_ok`."""
+    """A list; gives the meanings of its good items."""
 
     item: Type
     max_items: int

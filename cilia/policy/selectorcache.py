@@ -1,8 +1,8 @@
 """Selectors and identities, each indexed so that a change touches only what it can match.
 
-A selector is filed under one label it cannot match without (its anchor); identities are filed under every
-label they carry; prefixes by their bits. So adding an identity looks at the selectors anchored at its labels,
-and adding a selector at the identities that carry its anchor.
+A selector is filed under one label it cannot match without (its anchor); identities are filed under
+every label they carry; prefixes by their bits. So adding an identity looks at the selectors
+anchored at its labels, and adding a selector at the identities that carry its anchor.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class SelectorCache:
         return len(self._selectors)
 
     def acquire(self, selector: CacheSelector) -> set[int]:
-        """Use a selector; gives the identities it selects, a set kept current and not to be changed."""
+        """Use a selector; gives what it selects, a set kept current and not to be changed."""
         cached = self._selectors.get(selector)
         if cached is None:
             cached = self._selectors[selector] = _Cached()

@@ -1,11 +1,11 @@
 """Text to a tree that remembers where each value stood.
 
-YAML (many documents) and JSON both become the same nodes, with 1-based lines and columns. Documents come
-from people and from the network, so everything is bounded: bytes, nesting, number of values, and the size
-that YAML aliases expand to. A key given twice is a fault, not a silent overwrite.
+YAML (many documents) and JSON both become the same nodes, with 1-based lines and columns. Documents
+come from people and from the network, so everything is bounded: bytes, nesting, number of values,
+and the size that YAML aliases expand to. A key given twice is a fault, not a silent overwrite.
 
-JSON is read by its own small parser: ruamel.yaml would do, at a hundredth of the speed. ruamel.yaml is
-imported only when YAML is read, so a process that only loads stored documents never pays for it.
+JSON is read by its own small parser: ruamel.yaml would do, at a hundredth of the speed. ruamel.yaml
+is imported only when YAML is read, so a process that only loads stored documents never pays for it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def parse_text(text: bytes | str) -> list[Node]:
         try:
             return [_JsonReader(decoded).read()]
         except _NotJsonError as error:
-            # It may be YAML in flow style. If that fails too, what was begun as JSON is reported as JSON.
+            # It may be YAML in flow style. If that fails too, what was begun as JSON is reported as
+            # JSON.
             try:
                 return parse_yaml(decoded)
             except TreeError:
@@ -242,7 +243,8 @@ def parse_yaml(text: str) -> list[Node]:
     """Every YAML document of the text, empty ones left out. Raises TreeError."""
     if len(text) > MAX_YAML_BYTES:
         raise TreeError(
-            f"the YAML text is longer than {MAX_YAML_BYTES >> 20} MiB; JSON may have {MAX_JSON_BYTES >> 20} MiB"
+            f"the YAML text is longer than {MAX_YAML_BYTES >> 20} MiB; "
+            f"JSON may have {MAX_JSON_BYTES >> 20} MiB"
         )
     _refuse_deep_flow(text)
     import ruamel.yaml  # slow to import, and needed by few processes
@@ -266,8 +268,9 @@ def parse_yaml(text: str) -> list[Node]:
 
 
 def _refuse_deep_flow(text: str) -> None:
-    # The scanner keeps possible simple keys per flow level and walks all of them for each token, so a run
-    # of brackets is quadratic before the first event is out. No real document has half as many in a row.
+    # The scanner keeps possible simple keys per flow level and walks all of them for each token, so
+    # a run of brackets is quadratic before the first event is out. No real document has half as
+    # many in a row.
     if found := re.search(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}", text):
         line = text.count("\n", 0, found.start()) + 1
         raise TreeError(f"the document is nested deeper than {MAX_DEPTH}", line, 1)
