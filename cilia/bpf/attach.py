@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes as C
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _TCX: Final = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRES
 _PARENT: Final = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT: Final = 0xFFFF0000
 _ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
+_TCA_BPF_ID: Final = 11
 _NO_TCX: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP})
 
 
@@ -342,7 +344,7 @@ def _dump(ipr: Any, ifindex: int, direction: Direction) -> list[Attachment]:
         options = row.get_attr("TCA_OPTIONS")
         prog_id = name = None
         if row.get_attr("TCA_KIND") == "bpf" and options is not None:
-            prog_id, name = options.get_attr("TCA_BPF_ID"), options.get_attr("TCA_BPF_NAME")
+            prog_id, name = _filter_prog_id(options), options.get_attr("TCA_BPF_NAME")
         handle = row["handle"]
         if not handle:
             continue  # the head of a priority, not a filter
@@ -359,6 +361,18 @@ def _dump(ipr: Any, ifindex: int, direction: Direction) -> list[Attachment]:
             )
         )
     return sorted(result, key=lambda a: a.prio)
+
+
+def _filter_prog_id(options: Any) -> int:
+    """TCA_BPF_ID, which pyroute2's table of attributes does not reach: read from the raw bytes."""
+    raw = bytes(options.data[options.offset : options.offset + options.length])
+    at = 4
+    while at + 8 <= len(raw):
+        length, kind = struct.unpack_from("=HH", raw, at)
+        if kind & 0x3FFF == _TCA_BPF_ID:
+            return int(struct.unpack_from("=I", raw, at + 4)[0])
+        at += max(length + 3 & ~3, 4)
+    return 0
 
 
 def _is_clsact(qdisc: Any) -> bool:

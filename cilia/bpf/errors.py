@@ -54,13 +54,18 @@ class BpfError(OSError):
         self.detail = detail
         self.cure = cure if cure is not None else _CURES.get(code)
 
-    def __str__(self) -> str:
+    def brief(self) -> str:
+        """What happened, without the cure."""
         text = self.operation
         if self.subject:
             text += f" {self.subject}"
         text += f": {errno_text(self.errno or 0)}"
         if self.detail:
             text += f": {self.detail}"
+        return text
+
+    def __str__(self) -> str:
+        text = self.brief()
         if self.cure:
             text += f" [cure: {self.cure}]"
         return text

@@ -73,6 +73,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_btf_get_fd_by_id": (_I, _U32),
     "bpf_link_get_fd_by_id": (_I, _U32),
     "bpf_link_get_next_id": (_I, _U32, C.POINTER(_U32)),
+    "bpf_btf_load": (_I, _S, _SZ, _P),
+    "libbpf_version_string": (_S,),
     "bpf_prog_load": (_I, _I, _S, _S, _P, _SZ, _P),
     "bpf_prog_test_run_opts": (_I, _I, _P),
     "bpf_link_create": (_I, _I, _I, _I, _P),
@@ -366,6 +368,12 @@ def lib() -> _Lib:
 def function(name: str) -> Callable[..., Any]:
     """The bare function: results are the caller's to judge."""
     return lib().fn[name]
+
+
+def version() -> str:
+    """libbpf's own version, "v1.1"."""
+    text: bytes = lib().fn["libbpf_version_string"]()
+    return text.decode()
 
 
 def call(

@@ -184,6 +184,11 @@ class Map:
     def is_percpu(self) -> bool:
         return self.definition.type in uapi.PERCPU_TYPES
 
+    @property
+    def batches(self) -> bool:
+        """False once the kernel has been found to lack batch operations for this map."""
+        return self._batch
+
     # ---- one row
 
     def _error(self, code: int, operation: str) -> BpfError:

@@ -264,7 +264,10 @@ class Object:
                 value = value.to_bytes(size, "little" if _LITTLE else "big", signed=value < 0)
             except OverflowError as error:
                 raise BpfError(
-                    errno.ERANGE, "set constant", name, detail=f"{value!r} does not fit {size} bytes"
+                    errno.ERANGE,
+                    "set constant",
+                    name,
+                    detail=f"{value!r} does not fit {size} bytes",
                 ) from error
         if len(value) != size:
             raise BpfError(

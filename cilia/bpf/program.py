@@ -1,4 +1,4 @@
-"""Loaded programs: running them on a packet, pinning them, reading what the kernel knows of them."""
+"""Loaded programs: running them on a packet, pinning them, reading what the kernel counted."""
 
 from __future__ import annotations
 

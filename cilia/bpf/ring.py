@@ -1,13 +1,13 @@
 """Reading the kernel's ring buffer as arrays of fixed-size events.
 
-The ring is two mappings of the map (kernel/bpf/ringbuf.c): a page with the consumer's position, which
-we write, and, read-only, a page with the producer's followed by the data twice over, so that a
-record never wraps:
+The ring is two mappings of the map (kernel/bpf/ringbuf.c): a page with the consumer's position,
+which we write, and, read-only, a page with the producer's followed by the data twice over, so that
+a record never wraps:
 
     offset 0      consumer page   u64 position
     page          producer page   u64 position
-    2 * page      data            record: u32 length | busy << 31 | discarded << 30, u32 page, bytes,
-    ... + size    data again      rounded up to 8
+    2 * page      data            record: u32 length | busy << 31 | discarded << 30, u32 page,
+    ... + size    data again      bytes, rounded up to 8
 
 All events have one size, so committed records are viewed as one array, without a call an event. A
 record that is still busy ends the view: what lies behind it waits, in order. Records of any other
@@ -20,6 +20,7 @@ which has the barriers, copies the events one by one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as C
 import errno
 import mmap
@@ -144,7 +145,7 @@ class RingReader:
             self._mapped.consumer[0] += np.uint64(count * self._record)
 
     def _step_over(self, at: int) -> bool:
-        """Pass a record that is no event; False when there is none, or it is still being written."""
+        """Pass a record that is no event; False when there is none, or it is still written."""
         ring = self._mapped
         if ring is None or int(ring.producer[0]) - at < _HEADER:
             return False
@@ -188,10 +189,8 @@ class _Mapped:
         self.consumer = self.producer = empty.view("u8")
         self.data = empty
         for mapping in (self._consumer_map, self._producer_map):
-            try:
+            with contextlib.suppress(BufferError):  # a view is held: unmapped when it goes
                 mapping.close()
-            except BufferError:
-                pass  # a view is still held: unmapped when it goes
 
 
 class _Called:

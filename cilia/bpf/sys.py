@@ -93,7 +93,9 @@ def detached_bpffs() -> int:
             None,
             C.c_int(0),
         )
-        return _syscall("mount file system bpf", _FSMOUNT, C.c_int(context), C.c_uint(1), C.c_uint(0))
+        return _syscall(
+            "mount file system bpf", _FSMOUNT, C.c_int(context), C.c_uint(1), C.c_uint(0)
+        )
     finally:
         os.close(context)
 
