@@ -414,6 +414,10 @@ class Map:
             )
 
     def _flat(self, array: Array, size: int, what: str) -> Array:
+        for name, (dtype, *_) in (array.dtype.fields or {}).items():
+            if name.endswith("_be") and dtype.base.byteorder not in ">|":
+                # what np.concatenate makes of two equal arrays, silently, without dtype=
+                raise ValueError(f"{self.name}: field {name} of a {what} is not big-endian")
         flat = np.ascontiguousarray(array)
         width = flat.itemsize * (flat.size // len(flat)) if len(flat) else size
         if width != size:
