@@ -1,0 +1,185 @@
+"""`cilia monitor`: what the kernel decided, as it decides.
+
+A verdict line for people, after Cilium's:
+
+    xx drop (Policy denied) 10.217.0.7:40112 -> 10.217.0.5:80 tcp SYN identity 31234(org=alliance)
+       ->5123(org=empire) endpoint 5 ingress: no rule allows it; isolated by CiliumNetworkPolicy
+       default/rule1 spec.ingress[0] (l3-l4.yaml:12:5)
+
+(on one line). `-o json` prints one object a line: docs/cli.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from cli import clients, refs, render, shapes
+from cli.errors import CliError, Exit
+from cli.settings import Command, Settings, examples, pass_settings
+from protos.agent.v1 import agent_pb2
+
+TYPES = ("drop", "trace", "verdict", "agent")
+
+# Labels that every workload has, or that say where and not what: left out of the short form.
+BORING = ("k8s:io.kubernetes.pod.namespace=", "k8s:io.cilium.k8s.", "k8s:io.kubernetes.pod.")
+
+
+@click.command(
+    "monitor",
+    cls=Command,
+    epilog=examples("""
+cilia monitor
+cilia monitor --type drop --type verdict --endpoint xwing
+cilia monitor -o json | jq -r 'select(.verdict=="DENIED") | .explanation'
+"""),
+)
+@click.option(
+    "-t",
+    "--type",
+    "types",
+    multiple=True,
+    type=click.Choice(TYPES),
+    help="Only these, repeated. Default: all.",
+)
+@click.option(
+    "-e",
+    "--endpoint",
+    "endpoint",
+    multiple=True,
+    metavar="REF",
+    help="Only of these endpoints, repeated.",
+)
+@click.option("--denied", is_flag=True, help="Of the verdicts, only denials.")
+@click.option("-n", "--count", type=click.IntRange(min=1), help="Stop after this many events.")
+@pass_settings
+def monitor(
+    settings: Settings,
+    types: tuple[str, ...],
+    endpoint: tuple[str, ...],
+    denied: bool,
+    count: int | None,
+) -> None:
+    """Watch verdicts, drops, traces and agent events until Ctrl-C."""
+
+    async def work(agent: clients.Agent) -> None:
+        request = agent_pb2.MonitorRequest(types=types, verdicts_denied_only=denied)
+        for text in endpoint:
+            if text.isdigit():
+                request.endpoint_ids.append(int(text))
+            else:
+                found = await agent.endpoint.Get(refs.endpoint_ref(text), timeout=agent.timeout_s)
+                request.endpoint_ids.append(found.id)
+        seen = 0
+        stream = agent.monitor.Monitor(request)
+        # The agent sends its headers once subscribed: from here on nothing is missed.
+        await stream.initial_metadata()
+        if not settings.json:
+            render.warn("Listening for events. Press Ctrl-C to quit.")
+        async for item in stream:
+            shape = shapes.event(item)
+            if settings.json:
+                render.json_line(shape)
+            else:
+                render.line(settings, *event_line(shape))
+                sys.stdout.flush()
+            seen += 1
+            if count is not None and seen >= count:
+                return
+        raise CliError("the agent ended the stream", code=Exit.UNREACHABLE, hint="Was it stopped?")
+
+    try:
+        clients.agent(settings, work)
+    except KeyboardInterrupt:
+        if not settings.json:
+            render.warn("\nDisconnected.")
+
+
+def short_labels(items: list[str]) -> str:
+    """The labels that tell workloads apart, without `k8s:`."""
+    kept = [text.removeprefix("k8s:") for text in items if not text.startswith(BORING)]
+    return ",".join(kept)
+
+
+def who(peer: dict[str, Any]) -> str:
+    """`31234(org=alliance)`"""
+    labels = short_labels(peer["labels"])
+    number = peer["identity"] if peer["identity"] is not None else "?"
+    return f"{number}({labels})" if labels else str(number)
+
+
+def where(peer: dict[str, Any]) -> str:
+    """`10.0.0.1:80`, `[fd00::1]:80`, or without a port the address."""
+    address = peer["address"] or "?"
+    if peer["port"] is None:
+        return address
+    return f"[{address}]:{peer['port']}" if ":" in address else f"{address}:{peer['port']}"
+
+
+def _what(shape: dict[str, Any]) -> str:
+    text = (shape["protocol"] or "").lower()
+    if shape["icmp"]:
+        text += f" type {shape['icmp']['type']}"
+    if shape["tcp_flags"]:
+        text += f" {shape['tcp_flags']}"
+    return text
+
+
+def why(shape: dict[str, Any]) -> str:
+    """The service's explanation and the rules that decided, with file and line."""
+    parts = [shape["explanation"]] if shape["explanation"] else []
+    if shape["rule"]:
+        text = shapes.rule_text(shape["rule"])
+        if shape["rule"]["name"] not in (shape["explanation"] or "") or not parts:
+            parts.append(f"rule {text}")
+        elif shapes.rule_place(shape["rule"]) not in parts[0]:
+            parts.append(f"at {shapes.rule_place(shape['rule'])}")
+    elif shape["default_deny"]:
+        named = [shapes.rule_text(item) for item in shape["default_deny"]]
+        if not parts or not all(item["name"] in parts[0] for item in shape["default_deny"]):
+            parts.append("isolated by " + "; ".join(named))
+        else:
+            places = [shapes.rule_place(item) for item in shape["default_deny"]]
+            missing = [place for place in places if place and place not in parts[0]]
+            if missing:
+                parts.append("at " + ", ".join(missing))
+    return "; ".join(parts)
+
+
+def event_line(shape: dict[str, Any]) -> list[str | tuple[str, str]]:
+    """One event as styled parts."""
+    if shape["type"] == "lost":
+        return [(f"!! {shape['lost']} events lost", "yellow")]
+    if shape["type"] == "agent":
+        note = shape["notification"]
+        body = note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)
+        return [(">> agent ", "cyan"), shape["explanation"] or "", " ", body if note else ""]
+    verdict = (shape["verdict"] or "").upper()
+    if shape["type"] == "drop":
+        head = (f"xx drop ({shape['reason'] or 'unknown'})", "bold red")
+    elif verdict == "DENIED":
+        head = (f"xx verdict denied ({shape['reason'] or 'Policy denied'})", "bold red")
+    elif verdict == "AUDIT":
+        head = ("-- verdict audit", "yellow")
+    elif shape["type"] == "verdict":
+        head = ("-> verdict allowed", "green")
+    else:
+        head = (f"-> {shape['observation_point'] or 'trace'}", "")
+    parts: list[str | tuple[str, str]] = [
+        head,
+        f" {where(shape['source'])} -> {where(shape['destination'])} {_what(shape)}",
+        f" identity {who(shape['source'])}->{who(shape['destination'])}",
+    ]
+    if shape["endpoint_id"]:
+        parts.append(f" endpoint {shape['endpoint_id']}")
+    if shape["direction"]:
+        parts.append(f" {shape['direction']}")
+    if shape["type"] == "trace" and shape["ct_state"]:
+        parts.append(f" {shape['ct_state']}{' reply' if shape['reply'] else ''}")
+    reason = why(shape)
+    if reason:
+        parts.append(f": {reason}")
+    return parts

@@ -1,0 +1,126 @@
+"""Everything that is printed for people goes through here; the only module that knows rich.
+
+Off a terminal nothing is coloured, cut or wrapped, so `| grep` and `| awk` see whole rows.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.settings import Settings
+
+WIDE = 100_000  # columns, off a terminal: rich must not wrap what a program may read
+
+STYLES = {
+    "ok": "green",
+    "ready": "green",
+    "allowed": "green",
+    "enabled": "green",
+    "running": "green",
+    "yes": "green",
+    "denied": "bold red",
+    "failure": "bold red",
+    "error": "bold red",
+    "not-ready": "red",
+    "dead": "red",
+    "missing": "red",
+    "drop": "red",
+    "warning": "yellow",
+    "audit": "yellow",
+    "pending": "yellow",
+    "regenerating": "yellow",
+    "waiting-for-identity": "yellow",
+    "disabled": "dim",
+}
+
+
+def console(settings: Settings) -> Console:
+    """A console on stdout; NO_COLOR and --no-color are honoured."""
+    terminal = sys.stdout.isatty()
+    return Console(
+        no_color=not settings.color,
+        width=None if terminal else WIDE,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not terminal,
+    )
+
+
+def styled(value: object) -> Text:
+    """A cell; a word that is a state gets the state's colour."""
+    text = "" if value is None else str(value)
+    return Text(text, style=STYLES.get(text.lower(), ""))
+
+
+def table(settings: Settings, header: Sequence[str], rows: Iterable[Sequence[object]]) -> int:
+    """Print an aligned table with three blanks between columns. Returns the number of rows."""
+    out = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for name in header:
+        out.add_column(name, no_wrap=not sys.stdout.isatty(), overflow="fold")
+    count = 0
+    for row in rows:
+        out.add_row(*(styled(cell) for cell in row))
+        count += 1
+    screen = console(settings)
+    with screen.capture() as captured:
+        screen.print(out)
+    # rich pads the last column; blanks at line ends are nobody's.
+    sys.stdout.write("\n".join(row.rstrip() for row in captured.get().splitlines()) + "\n")
+    return count
+
+
+def fields(settings: Settings, rows: Iterable[tuple[str, object]], *, indent: int = 0) -> None:
+    """Print `Name:   value` lines, aligned."""
+    items = list(rows)
+    if not items:
+        return
+    width = max(len(name) for name, _ in items) + 1
+    screen = console(settings)
+    for name, value in items:
+        line = Text(" " * indent + f"{name + ':':<{width}}   ")
+        line.append_text(styled(value))
+        line.rstrip()
+        screen.print(line)
+
+
+def line(settings: Settings, *parts: str | tuple[str, str]) -> None:
+    """Print one line; a part may be (text, style)."""
+    screen = console(settings)
+    text = Text()
+    for part in parts:
+        if isinstance(part, tuple):
+            text.append(part[0], style=part[1])
+        else:
+            text.append(part)
+    screen.print(text)
+
+
+def json(value: Any) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json_module.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def json_line(value: Any) -> None:
+    """Print one JSON object on one line and flush: a stream for programs."""
+    sys.stdout.write(json_module.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Say something on stderr that is not an error."""
+    sys.stderr.write(text + "\n")
+
+
+def progress(text: str) -> None:
+    """What goes on right now, on stderr and only on a terminal; the next one replaces it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
