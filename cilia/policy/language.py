@@ -165,6 +165,14 @@ class _Cidr:
         return network
 
 
+class _CidrPeer:
+    """A CIDR or an address as a peer."""
+
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        network = _Cidr(need_length=False).check(node, path, c)
+        return network if network is INVALID else CidrSelector(network)
+
+
 # ---- selectors
 
 
@@ -626,7 +634,7 @@ _SERVICE: Final = Object(
 def _peer_fields(side: str) -> dict[str, Type]:
     return {
         f"{side}Endpoints": ListOf(SELECTOR, MAX_PEERS),
-        f"{side}CIDR": ListOf(_Cidr(need_length=False), MAX_PEERS),
+        f"{side}CIDR": ListOf(_CidrPeer(), MAX_PEERS),
         f"{side}CIDRSet": ListOf(
             Object(
                 {

@@ -1,0 +1,367 @@
+"""Random policies and packets: the engine's verdict, its map state, and a naive evaluator agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from cilia.identity import RESERVED, cidr_labels, reserved_labels
+from cilia.labels import Labels
+from cilia.policy import Document, MapState, PolicyEngine, parse_documents
+
+_spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
+assert _spec is not None
+assert _spec.loader is not None
+oracle = importlib.util.module_from_spec(_spec)
+sys.modules["oracle"] = oracle
+_spec.loader.exec_module(oracle)
+
+EXAMPLES = int(os.environ.get("CILIA_PROPERTY_EXAMPLES", "300"))
+NS = "io.kubernetes.pod.namespace"
+
+# ---- the world the policies are about
+
+ENDPOINTS = [
+    [f"k8s:app={app}", f"k8s:env={env}", f"k8s:{NS}={ns}", *extra]
+    for app, env, ns, extra in (
+        ("a", "prod", "default", []),
+        ("a", "dev", "default", []),
+        ("b", "prod", "default", ["k8s:io.cilium.k8s.policy.cluster=default"]),
+        ("a", "prod", "x", ["k8s:io.cilium.k8s.namespace.labels.team=red"]),
+        ("b", "dev", "x", ["k8s:io.cilium.k8s.policy.cluster=other"]),
+    )
+] + [["container:app=a", f"k8s:{NS}=default"], ["reserved:init"], ["reserved:health"]]
+OUTSIDE = ["10.0.0.1", "10.1.0.1", "10.1.2.3", "192.0.2.7", "2001:db8::1", "2001:db8:1::1", "::1"]
+PREFIXES = [
+    "10.0.0.0/8",
+    "10.1.0.0/16",
+    "10.1.2.0/24",
+    "10.1.2.3/32",
+    "0.0.0.0/0",
+    "192.0.2.0/25",
+    "::/0",
+    "2001:db8::/32",
+    "2001:db8:1::/48",
+]
+PORTS = [0, 1, 53, 79, 80, 81, 443, 8079, 8080, 65535]
+PROTOS = [1, 6, 17, 58, 132]
+
+# ---- documents
+
+keys = st.sampled_from(["app", "env", "k8s:app", "container:app", "any:env", "missing"])
+words = st.sampled_from(["a", "b", "prod", "dev"])
+space_keys = st.sampled_from([NS, f"k8s:{NS}", "k8s:io.cilium.k8s.namespace.labels.team"])
+space_words = st.sampled_from(["default", "x", "red"])
+
+
+def expressions(key: st.SearchStrategy[str], word: st.SearchStrategy[str]) -> Any:
+    return st.one_of(
+        st.fixed_dictionaries(
+            {
+                "key": key,
+                "operator": st.sampled_from(["In", "NotIn"]),
+                "values": st.lists(word, min_size=1, max_size=2),
+            }
+        ),
+        st.fixed_dictionaries(
+            {"key": key, "operator": st.sampled_from(["Exists", "DoesNotExist"])}
+        ),
+    )
+
+
+selectors = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"matchLabels": st.dictionaries(keys, words, max_size=2)}),
+    st.fixed_dictionaries(
+        {
+            "matchLabels": st.dictionaries(keys, words, max_size=1),
+            "matchExpressions": st.lists(expressions(keys, words), max_size=2),
+        }
+    ),
+    st.fixed_dictionaries(
+        {"matchExpressions": st.lists(expressions(space_keys, space_words), min_size=1, max_size=2)}
+    ),
+    st.fixed_dictionaries({"matchLabels": st.dictionaries(space_keys, space_words, min_size=1)}),
+    st.just({"matchLabels": {"reserved:host": ""}}),
+    st.just({"matchLabels": {"reserved:world": ""}}),
+    st.just({"matchLabels": {"reserved:init": ""}}),
+)
+prefixes = st.sampled_from(PREFIXES)
+entities = st.sampled_from(
+    "host remote-node world world-ipv4 world-ipv6 cluster init health all none".split()
+)
+
+
+@st.composite
+def cidr_sets(draw: st.DrawFn) -> Any:
+    outer = ipaddress.ip_network(draw(prefixes))
+    inner = [
+        x
+        for x in map(ipaddress.ip_network, PREFIXES)
+        if x.version == outer.version and x.subnet_of(outer)  # type: ignore[arg-type]
+    ]
+    excepts = draw(st.lists(st.sampled_from(inner), max_size=2, unique=True))
+    found: dict[str, Any] = {"cidr": str(outer)}
+    if excepts:
+        found["except"] = [str(x) for x in excepts]
+    return found
+
+
+@st.composite
+def port(draw: st.DrawFn, named: bool) -> Any:
+    first = draw(st.sampled_from(PORTS))
+    found: dict[str, Any] = {"port": str(first)}
+    if draw(st.booleans()):
+        found["protocol"] = draw(st.sampled_from(["TCP", "UDP", "SCTP", "ANY", "tcp"]))
+    if first and draw(st.booleans()):
+        found["endPort"] = draw(st.sampled_from([p for p in PORTS if p >= first]))
+    elif named and draw(st.integers(0, 9)) == 0:
+        found["port"] = "http"
+    return found
+
+
+@st.composite
+def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
+    side = "to" if egress else "from"
+    found: dict[str, Any] = {}
+    kind = draw(st.sampled_from(["", "Endpoints", "Endpoints", "CIDR", "CIDRSet", "Entities"]))
+    if kind:
+        item = {
+            "Endpoints": selectors,
+            "CIDR": prefixes,
+            "CIDRSet": cidr_sets(),
+            "Entities": entities,
+        }[kind]
+        found[f"{side}{kind}"] = draw(st.lists(item, max_size=2))
+    elif egress and not deny and draw(st.integers(0, 9)) == 0:
+        found["toFQDNs"] = [{"matchName": "example.org"}]
+    if draw(st.integers(0, 7)) == 0:
+        found[f"{side}Requires"] = draw(st.lists(selectors, max_size=2))
+    match draw(st.integers(0, 3)):
+        case 0 | 1:
+            rules = st.fixed_dictionaries({"ports": st.lists(port(named=not deny), max_size=3)})
+            found["toPorts"] = draw(st.lists(rules, max_size=2))
+            if not deny and draw(st.integers(0, 9)) == 0:
+                found["toPorts"].append(
+                    {
+                        "ports": [{"port": "80", "protocol": "TCP"}],
+                        "rules": {"http": [{"method": "GET"}]},
+                    }
+                )
+        case 2:
+            field = st.fixed_dictionaries(
+                {
+                    "family": st.sampled_from(["IPv4", "IPv6"]),
+                    "type": st.sampled_from(["0", "1", "53", "80"]),
+                }
+            )
+            found["icmps"] = [{"fields": draw(st.lists(field, max_size=2))}]
+    return found
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Any:
+    found: dict[str, Any] = {"endpointSelector": draw(selectors)}
+    for name in ("ingress", "egress", "ingressDeny", "egressDeny"):
+        if draw(st.integers(0, 2)) == 0 or (name == "ingress" and draw(st.booleans())):
+            item = elements(name.startswith("egress"), name.endswith("Deny"))
+            found[name] = draw(st.lists(item, max_size=3))
+    if draw(st.integers(0, 4)) == 0:
+        found["enableDefaultDeny"] = draw(
+            st.dictionaries(st.sampled_from(["ingress", "egress"]), st.booleans())
+        )
+    return found
+
+
+@st.composite
+def document_lists(draw: st.DrawFn) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i in range(draw(st.integers(0, 4))):
+        kind = draw(
+            st.sampled_from(
+                [
+                    "CiliumNetworkPolicy",
+                    "CiliumNetworkPolicy",
+                    "CiliumClusterwideNetworkPolicy",
+                    "Rules",
+                ]
+            )
+        )
+        doc: dict[str, Any] = {"kind": kind, "metadata": {"name": f"p{i}"}}
+        if kind == "Rules":
+            doc["rules"] = draw(st.lists(rules(), max_size=2))
+        else:
+            doc["apiVersion"] = "cilium.io/v2"
+            doc["spec"] = draw(rules())
+            if draw(st.integers(0, 3)) == 0:
+                doc["specs"] = draw(st.lists(rules(), max_size=2))
+        if kind == "CiliumNetworkPolicy" and draw(st.booleans()):
+            doc["metadata"]["namespace"] = draw(st.sampled_from(["default", "x"]))
+        found.append(doc)
+    return found
+
+
+def parse(documents: list[dict[str, Any]]) -> tuple[Document, ...]:
+    text = json.dumps({"kind": "List", "items": documents})
+    result = parse_documents(text, source="random.json")
+    assert result.faults == ()
+    return result.documents
+
+
+IDS: dict[int, Labels] = {
+    **{int(i): reserved_labels(i) for i in RESERVED},
+    **{256 + i: Labels.parse(x) for i, x in enumerate(ENDPOINTS)},
+}
+
+
+def peers(engine: PolicyEngine, local: dict[int, Labels]) -> list[tuple[Labels, int]]:
+    """Every peer as (labels, the identity that the datapath would find)."""
+    found = [(labels, number) for number, labels in IDS.items() if number != 2]
+    networks = {ipaddress.ip_network(_prefix(x)): i for i, x in local.items()}
+    networks |= {ipaddress.ip_network("0.0.0.0/0"): 9, ipaddress.ip_network("::/0"): 10}
+    for text in OUTSIDE:
+        address = ipaddress.ip_address(text)
+        best = max((n for n in networks if address in n), key=lambda n: n.prefixlen)
+        host = ipaddress.ip_network(address)
+        found.append((cidr_labels(host), networks[best]))
+    return found
+
+
+def _prefix(labels: Labels) -> str:
+    return next(x.key for x in labels if x.source == "cidr")
+
+
+probes = st.lists(
+    st.tuples(
+        st.sampled_from(ENDPOINTS),
+        st.integers(0, 100),
+        st.booleans(),
+        st.sampled_from(PROTOS),
+        st.sampled_from(PORTS),
+    ),
+    min_size=8,
+    max_size=24,
+)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    documents=document_lists(),
+    mode=st.sampled_from(["default", "default", "default", "always", "never"]),
+    localhost=st.booleans(),
+    probes=probes,
+)
+def test_engine_mapstate_and_oracle_agree(
+    documents: list[dict[str, Any]], mode: Any, localhost: bool, probes: list[Any]
+) -> None:
+    engine = PolicyEngine(mode, localhost, "default")
+    for number, labels in IDS.items():
+        engine.add_identity(number, labels)
+    engine.set_documents(parse(documents))
+    local = {
+        (1 << 24) + i: cidr_labels(prefix)
+        for i, prefix in enumerate(sorted(engine.cidr_prefixes(), key=str), start=1)
+    }
+    for number, labels in local.items():
+        engine.add_identity(number, labels)
+    world = peers(engine, local)
+    for subject_texts, pick, egress, proto, port_number in probes:
+        labels, identity = world[pick % len(world)]
+        subject = Labels.parse(subject_texts)
+        expected = oracle.allowed(
+            documents,
+            subject_texts,
+            [str(x) for x in labels],
+            egress=egress,
+            proto=proto,
+            port=port_number,
+            mode=mode,
+            allow_localhost=localhost,
+        )
+        direction: Any = "egress" if egress else "ingress"
+        state = engine.resolve(subject).mapstate
+        context = (subject, labels, identity, direction, proto, port_number, mode)
+        assert engine.verdict(subject, labels, direction, proto, port_number).allowed == expected, (
+            context
+        )
+        assert state.allows(identity, egress, proto, port_number) == expected, context
+        event("allowed" if expected else "denied")
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "put", "take", "mode"]), st.integers(0, 1000)),
+    max_size=25,
+)
+
+
+@settings(max_examples=max(EXAMPLES // 3, 20), deadline=None)
+@given(documents=document_lists(), steps=steps)
+def test_incremental_equals_from_scratch(
+    documents: list[dict[str, Any]], steps: list[tuple[str, int]]
+) -> None:
+    """Whatever the order of changes, the state depends on what is there, and deltas lead to it."""
+    docs = parse(documents)
+    pool = dict(IDS)
+    engine = PolicyEngine()
+    engine.set_documents(docs)
+    for i, prefix in enumerate(sorted(engine.cidr_prefixes(), key=str), start=1):
+        pool[(1 << 24) + i] = cidr_labels(prefix)
+    numbers = list(pool)
+    subjects = [Labels.parse(x) for x in ENDPOINTS]
+    present: set[int] = set()
+    inforce = set(docs)
+    kernel: dict[Labels, dict[Any, Any]] = {s: {} for s in subjects}
+    before: dict[Labels, MapState | None] = dict.fromkeys(subjects)
+
+    def refresh(subject: Labels) -> None:
+        state = engine.resolve(subject).mapstate
+        delta = state.delta(before[subject])
+        for key in delta.deletes:
+            del kernel[subject][key]
+        kernel[subject].update(delta.upserts)
+        before[subject] = state
+
+    for subject in subjects:
+        refresh(subject)
+    for what, n in steps:
+        changed: Any = subjects
+        number = numbers[n % len(numbers)]
+        match what:
+            case "add":
+                changed = engine.add_identity(number, pool[number])
+                present.add(number)
+            case "remove":
+                changed = engine.remove_identity(number)
+                present.discard(number)
+            case "put" if docs:
+                engine.upsert(docs[n % len(docs)])
+                inforce.add(docs[n % len(docs)])
+            case "take" if docs:
+                doc = docs[n % len(docs)]
+                engine.remove(doc.kind, doc.namespace, doc.name)
+                inforce.discard(doc)
+            case "mode" if n % 5 == 0:
+                for subject in subjects[:2]:
+                    engine.forget(subject)
+        for subject in changed:
+            refresh(subject)
+    fresh = PolicyEngine()
+    for number in sorted(present):
+        fresh.add_identity(number, pool[number])
+    fresh.set_documents(inforce)
+    for subject in subjects:
+        wanted = dict(fresh.resolve(subject).mapstate)
+        assert dict(engine.resolve(subject).mapstate) == wanted
+        assert kernel[subject] == wanted
