@@ -37,6 +37,10 @@ struct row {
 #endif
 };
 
+struct more_metric {
+	__u64 packets, bytes, more;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, ROWS);
@@ -58,7 +62,7 @@ struct {
 	__uint(max_entries, 16);
 	__type(key, __u32);
 #if VALUE_EXTRA
-	__type(value, struct { __u64 packets, bytes, more; });
+	__type(value, struct more_metric);
 #else
 	__type(value, struct metric);
 #endif

@@ -289,6 +289,7 @@ class LinkInfo(C.Structure):
         ("type", _U32),
         ("id", _U32),
         ("prog_id", _U32),
+        ("pad", _U32),  # the union holds 64-bit members
         ("word0", _U32),
         ("word1", _U32),
         ("word2", _U32),
