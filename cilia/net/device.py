@@ -1,0 +1,732 @@
+"""Links, addresses, routes and neighbours of one network namespace.
+
+A `Network` is one netlink socket in one namespace: open it, use it from one thread at a time, close it.
+
+    with Network() as host, Network(netns) as workload:
+        pair = host.ensure_veth("cil00042", workload, "eth0", mtu=1500)
+        workload.ensure_address("eth0", ip_interface("10.217.0.5/32"))
+        workload.ensure_route(ip_network("10.217.0.1/32"), device="eth0")
+        workload.ensure_route(ip_network("0.0.0.0/0"), device="eth0", gateway=router)
+        workload.ensure_neighbour("eth0", router, pair.host_mac)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import ipaddress
+import re
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+)
+from typing import Final, Self
+
+from cilia.errors import InvalidError
+from cilia.net.errors import InterfaceExists, InterfaceGone
+from cilia.net.netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    NetlinkSocket,
+    as_text,
+    as_u32,
+    attribute,
+    nested,
+    parse_attributes,
+    text,
+    u32,
+)
+from cilia.net.netns import NetNS
+
+Address = IPv4Address | IPv6Address
+Interface = IPv4Interface | IPv6Interface
+Network_ = IPv4Network | IPv6Network
+
+# Marks the routes that we made, so that `cleanup` finds them (rt_protos of iproute2 leave it free).
+ROUTE_PROTOCOL: Final = 193
+
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
+_RTM_NEWNEIGH, _RTM_DELNEIGH, _RTM_GETNEIGH = 28, 29, 30
+
+_IFINFO: Final = struct.Struct("=BxHiII")  # family, type, index, flags, change
+_IFADDR: Final = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
+_RTMSG: Final = struct.Struct(
+    "=BBBBBBBBI"
+)  # family dst_len src_len tos table proto scope type flags
+_NDMSG: Final = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
+
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
+_IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 16, 18, 20, 28
+_IFLA_LINK_NETNSID = 37
+_IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
+_IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
+
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
+
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1, 4, 5, 6, 7, 8
+_RTA_TABLE, _RTAX_MTU = 15, 2
+_RTNH_F_ONLINK = 4
+_RTN_UNICAST = 1
+RT_TABLE_MAIN: Final = 254
+RT_TABLE_LOCAL: Final = 255
+RT_SCOPE_UNIVERSE: Final = 0
+RT_SCOPE_LINK: Final = 253
+
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_PERMANENT = 0x80
+
+_NAME: Final = re.compile(r"[^\s/:]{1,15}\Z")  # dev_valid_name() of the kernel
+
+
+class InvalidInterfaceName(InvalidError):
+    """The kernel takes no such interface name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r} cannot be the name of an interface",
+            cure="Use 1 to 15 characters without blanks, slashes and colons",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    index: int
+    name: str
+    kind: str  # "veth", "bridge", ...; "" for hardware and loopback
+    mac: str  # "" without a link layer
+    mtu: int
+    up: bool
+    carrier: bool
+    loopback: bool
+    master: int  # ifindex of the bridge or bond it is enslaved to; 0 none
+    link: int  # ifindex of the other end of a veth, or of the parent; 0 none
+    foreign_link: bool  # `link` counts in another namespace
+    alias: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceAddress:
+    index: int
+    interface: Interface
+    scope: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    destination: Network_
+    gateway: Address | None
+    index: int  # ifindex of the device, 0 for multipath and such
+    source: Address | None
+    table: int
+    protocol: int
+    scope: int
+    type: int  # RTN_: 1 unicast, 2 local, 3 broadcast, 6 blackhole, 7 unreachable, ...
+    priority: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour:
+    index: int
+    address: Address
+    mac: str
+    permanent: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VethPair:
+    host_index: int
+    host_mac: str
+    peer_index: int
+    peer_mac: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostDevice:
+    """A device of the node through which the world is reached."""
+
+    index: int
+    name: str
+    mac: str
+    mtu: int
+    addresses: tuple[Interface, ...]
+    default_route: bool
+    kind: str
+
+
+class Network:
+    """The devices of one namespace; None is the namespace of the calling thread."""
+
+    def __init__(self, netns: NetNS | None = None) -> None:
+        self._netns = None if netns is None else netns.dup()
+        self._where = "" if netns is None else f" in {netns.name}"
+        try:
+            self._nl = NetlinkSocket(self._netns)
+        except BaseException:
+            self._close_netns()
+            raise
+
+    @property
+    def netns(self) -> NetNS | None:
+        return self._netns
+
+    def close(self) -> None:
+        self._nl.close()
+        self._close_netns()
+
+    def _close_netns(self) -> None:
+        if self._netns is not None:
+            self._netns.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- links
+
+    def links(self) -> list[Link]:
+        body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        return [parse_link(raw) for raw in self._nl.dump(_RTM_GETLINK, body, what="listing links")]
+
+    def find_link(self, device: str | int) -> Link | None:
+        """By name or index; None when there is none."""
+        if isinstance(device, int):
+            body = _IFINFO.pack(socket.AF_UNSPEC, 0, device, 0, 0)
+        else:
+            body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + text(_IFLA_IFNAME, _named(device))
+        raw = self._nl.get(
+            _RTM_GETLINK,
+            body,
+            what=f"cannot look up {device}{self._where}",
+            ignore=(errno.ENODEV, errno.ENOENT),
+        )
+        return None if raw is None else parse_link(raw)
+
+    def link(self, device: str | int) -> Link:
+        """Raises InterfaceGone."""
+        found = self.find_link(device)
+        if found is None:
+            raise InterfaceGone(f"there is no interface {device}{self._where}")
+        return found
+
+    def ensure_veth(
+        self,
+        host_name: str,
+        peer: Network,
+        peer_name: str,
+        *,
+        mtu: int | None = None,
+        host_mac: str | None = None,
+        peer_mac: str | None = None,
+        up: bool = True,
+    ) -> VethPair:
+        """A veth pair with one end here and the other in `peer`'s namespace (which may be this one).
+
+        An existing pair of these names is adjusted. A host end of our name whose other end is not
+        where it should be is left from a namespace that was replaced, and is made anew. `up` sets
+        both ends up. Raises InterfaceExists when a name belongs to something else.
+        """
+        _named(peer_name)
+        host_link = self.find_link(host_name)
+        peer_link = peer.find_link(peer_name)
+        if host_link is not None and host_link.kind != "veth":
+            raise InterfaceExists(
+                f"the interface {host_name}{self._where} exists and is not a veth device",
+                cure=f"Remove it: `ip link delete {host_name}`",
+            )
+        if host_link is not None and not self._are_pair(host_link, peer, peer_link):
+            self.delete_link(host_name)
+            host_link = None
+            peer_link = peer.find_link(peer_name)
+        if host_link is None:
+            if peer_link is not None:
+                raise InterfaceExists(
+                    f"the interface {peer_name}{peer._where} exists already",
+                    cure="Choose another name for the endpoint's interface, or remove that one",
+                )
+            self._create_veth(host_name, peer, peer_name, mtu, host_mac, peer_mac)
+        host_link = self._adjust(host_name, mtu=mtu, mac=host_mac, up=up)
+        peer_link = peer._adjust(peer_name, mtu=mtu, mac=peer_mac, up=up)
+        return VethPair(
+            host_index=host_link.index,
+            host_mac=host_link.mac,
+            peer_index=peer_link.index,
+            peer_mac=peer_link.mac,
+        )
+
+    def _are_pair(self, host_link: Link, peer: Network, peer_link: Link | None) -> bool:
+        if peer_link is None or peer_link.kind != "veth":
+            return False
+        # Indexes alone may agree by chance, with ends in a third namespace.
+        same_netns = self._netns_inode() == peer._netns_inode()
+        return (
+            host_link.link == peer_link.index
+            and peer_link.link == host_link.index
+            and host_link.foreign_link == peer_link.foreign_link == (not same_netns)
+        )
+
+    def _netns_inode(self) -> tuple[int, int]:
+        if self._netns is not None:
+            return self._netns.inode
+        with NetNS.own() as own:
+            return own.inode
+
+    def _create_veth(
+        self,
+        host_name: str,
+        peer: Network,
+        peer_name: str,
+        mtu: int | None,
+        host_mac: str | None,
+        peer_mac: str | None,
+    ) -> None:
+        def end(name: str, mac: str | None) -> bytes:
+            data = text(_IFLA_IFNAME, _named(name))
+            if mtu is not None:
+                data += u32(_IFLA_MTU, mtu)
+            if mac is not None:
+                data += attribute(_IFLA_ADDRESS, mac_bytes(mac))
+            return data
+
+        header = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        with peer._netns.dup() if peer._netns is not None else NetNS.own() as target:
+            peer_end = header + end(peer_name, peer_mac) + u32(_IFLA_NET_NS_FD, target.fileno())
+            # Made in its final place under its final name, so no half-made pair shows.
+            body = header + end(host_name, host_mac)
+            body += nested(
+                _IFLA_LINKINFO,
+                text(_IFLA_INFO_KIND, "veth"),
+                nested(_IFLA_INFO_DATA, nested(_VETH_INFO_PEER, peer_end)),
+            )
+            self._nl.request(
+                _RTM_NEWLINK,
+                body,
+                flags=NLM_F_CREATE | NLM_F_EXCL,
+                what=f"cannot create the veth pair {host_name}/{peer_name}{peer._where}",
+            )
+
+    def ensure_host_pair(
+        self, name: str = "cilia_host", peer_name: str = "cilia_net", *, mtu: int | None = None
+    ) -> VethPair:
+        """The pair whose first end holds the node's router addresses; both ends here and up."""
+        return self.ensure_veth(name, self, peer_name, mtu=mtu)
+
+    def _adjust(
+        self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
+    ) -> Link:
+        """Changes what differs; returns the link as it is then."""
+        link = self.link(name)
+        attributes = b""
+        if mtu is not None and link.mtu != mtu:
+            attributes += u32(_IFLA_MTU, mtu)
+        if mac is not None and link.mac != mac.lower():
+            attributes += attribute(_IFLA_ADDRESS, mac_bytes(mac))
+        change = _IFF_UP if up is not None and link.up != up else 0
+        if attributes or change:
+            flags = _IFF_UP if up else 0
+            body = _IFINFO.pack(socket.AF_UNSPEC, 0, link.index, flags, change) + attributes
+            self._nl.request(_RTM_NEWLINK, body, what=f"cannot change {name}{self._where}")
+            link = self.link(name)
+        return link
+
+    def ensure_link(
+        self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
+    ) -> Link:
+        """Makes an existing link have these settings. Raises InterfaceGone."""
+        return self._adjust(name, mtu=mtu, mac=mac, up=up)
+
+    def rename_link(self, device: str | int, name: str) -> None:
+        """The link must be down on kernels before 6.2."""
+        link = self.link(device)
+        body = _IFINFO.pack(socket.AF_UNSPEC, 0, link.index, 0, 0) + text(
+            _IFLA_IFNAME, _named(name)
+        )
+        self._nl.request(_RTM_NEWLINK, body, what=f"cannot rename {device} to {name}{self._where}")
+
+    def delete_link(self, device: str | int) -> bool:
+        """Deletes the link, and its other end if it is a veth; False when it was absent."""
+        if isinstance(device, int):
+            body = _IFINFO.pack(socket.AF_UNSPEC, 0, device, 0, 0)
+        else:
+            body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + text(_IFLA_IFNAME, _named(device))
+        return self._nl.request(
+            _RTM_DELLINK,
+            body,
+            what=f"cannot delete {device}{self._where}",
+            ignore=(errno.ENODEV, errno.ENOENT),
+        )
+
+    def _index(self, device: str | int) -> int:
+        return device if isinstance(device, int) else self.link(device).index
+
+    # ---- addresses
+
+    def addresses(self, device: str | int | None = None) -> list[DeviceAddress]:
+        index = 0 if device is None else self._index(device)
+        body = _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, index)
+        found = self._nl.dump(_RTM_GETADDR, body, what=f"listing addresses{self._where}")
+        parsed = (parse_address(raw) for raw in found)
+        return [a for a in parsed if a is not None and index in (0, a.index)]
+
+    def ensure_address(
+        self, device: str | int, address: Interface, *, prefix_route: bool = False
+    ) -> None:
+        """Gives the device the address. IPv6 is usable at once: no duplicate address detection.
+
+        Without `prefix_route` the kernel adds no route for the address's prefix.
+        """
+        flags = _IFA_F_NODAD if address.version == 6 else 0
+        if not prefix_route:
+            flags |= _IFA_F_NOPREFIXROUTE
+        packed = address.ip.packed
+        body = (
+            _IFADDR.pack(_family(address), address.network.prefixlen, 0, 0, self._index(device))
+            + attribute(_IFA_LOCAL, packed)
+            + attribute(_IFA_ADDRESS, packed)
+            + u32(_IFA_FLAGS, flags)
+        )
+        self._nl.request(
+            _RTM_NEWADDR,
+            body,
+            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            what=f"cannot add the address {address} to {device}{self._where}",
+            # IPv4 of before 6.x answers this to a replacement that changes nothing.
+            ignore=(errno.EEXIST,),
+        )
+
+    def delete_address(self, device: str | int, address: Interface) -> bool:
+        """False when it was absent, or the device is."""
+        link = self.find_link(device)
+        if link is None:
+            return False
+        body = _IFADDR.pack(
+            _family(address), address.network.prefixlen, 0, 0, link.index
+        ) + attribute(_IFA_LOCAL, address.ip.packed)
+        return self._nl.request(
+            _RTM_DELADDR,
+            body,
+            what=f"cannot remove the address {address} from {device}{self._where}",
+            ignore=(errno.EADDRNOTAVAIL, errno.ENODEV),
+        )
+
+    # ---- routes
+
+    def routes(self, *, table: int | None = RT_TABLE_MAIN) -> list[Route]:
+        """Unicast and other routes of both families; `table` None lists every table."""
+        found: list[Route] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
+            for raw in self._nl.dump(_RTM_GETROUTE, body, what=f"listing routes{self._where}"):
+                route = parse_route(raw)
+                if route is not None and table in (None, route.table):
+                    found.append(route)
+        return found
+
+    def ensure_route(
+        self,
+        destination: Network_,
+        *,
+        device: str | int,
+        gateway: Address | None = None,
+        source: Address | None = None,
+        table: int = RT_TABLE_MAIN,
+        mtu: int | None = None,
+        priority: int | None = None,
+    ) -> None:
+        """Sets the route to the destination, in place of another one of the same priority.
+
+        A gateway is reached on-link, whatever the device's addresses are. `source` is the address
+        that the node's own packets get.
+        """
+        body = self._route_body(
+            destination, self._index(device), gateway, table, priority, protocol=ROUTE_PROTOCOL
+        )
+        if source is not None:
+            body += attribute(_RTA_PREFSRC, source.packed)
+        if mtu is not None:
+            body += nested(_RTA_METRICS, u32(_RTAX_MTU, mtu))
+        self._nl.request(
+            _RTM_NEWROUTE,
+            body,
+            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            what=f"cannot set the route to {destination} by {device}{self._where}",
+        )
+
+    def delete_route(
+        self,
+        destination: Network_,
+        *,
+        device: str | int | None = None,
+        table: int = RT_TABLE_MAIN,
+        priority: int | None = None,
+    ) -> bool:
+        """False when it was absent, or the device is."""
+        index = 0
+        if device is not None:
+            link = self.find_link(device)
+            if link is None:
+                return False
+            index = link.index
+        body = self._route_body(destination, index, None, table, priority, protocol=0, scope=255)
+        return self._nl.request(
+            _RTM_DELROUTE,
+            body,
+            what=f"cannot remove the route to {destination}{self._where}",
+            ignore=(errno.ESRCH, errno.ENOENT, errno.ENODEV),
+        )
+
+    def _route_body(
+        self,
+        destination: Network_,
+        index: int,
+        gateway: Address | None,
+        table: int,
+        priority: int | None,
+        *,
+        protocol: int,
+        scope: int | None = None,
+    ) -> bytes:
+        if scope is None:
+            v4_on_link = destination.version == 4 and gateway is None
+            scope = RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE
+        body = _RTMSG.pack(
+            _family(destination),
+            destination.prefixlen,
+            0,
+            0,
+            table if table < 256 else 0,
+            protocol,
+            scope,
+            _RTN_UNICAST if protocol else 0,
+            _RTNH_F_ONLINK if gateway is not None else 0,
+        )
+        body += u32(_RTA_TABLE, table)
+        if destination.prefixlen:
+            body += attribute(_RTA_DST, destination.network_address.packed)
+        if index:
+            body += u32(_RTA_OIF, index)
+        if gateway is not None:
+            body += attribute(_RTA_GATEWAY, gateway.packed)
+        if priority is not None:
+            body += u32(_RTA_PRIORITY, priority)
+        return body
+
+    # ---- neighbours
+
+    def neighbours(self, device: str | int) -> list[Neighbour]:
+        index = self._index(device)
+        found: list[Neighbour] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = _NDMSG.pack(family, 0, 0, 0, 0)
+            for raw in self._nl.dump(_RTM_GETNEIGH, body, what=f"listing neighbours{self._where}"):
+                neighbour = _parse_neighbour(raw)
+                if neighbour is not None and neighbour.index == index:
+                    found.append(neighbour)
+        return found
+
+    def ensure_neighbour(self, device: str | int, address: Address, mac: str) -> None:
+        """A permanent entry: the address is never asked for on this device."""
+        body = (
+            _NDMSG.pack(_family(address), self._index(device), _NUD_PERMANENT, 0, 0)
+            + attribute(_NDA_DST, address.packed)
+            + attribute(_NDA_LLADDR, mac_bytes(mac))
+        )
+        self._nl.request(
+            _RTM_NEWNEIGH,
+            body,
+            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            what=f"cannot set the neighbour {address} on {device}{self._where}",
+        )
+
+    def delete_neighbour(self, device: str | int, address: Address) -> bool:
+        """False when it was absent, or the device is."""
+        link = self.find_link(device)
+        if link is None:
+            return False
+        body = _NDMSG.pack(_family(address), link.index, 0, 0, 0) + attribute(
+            _NDA_DST, address.packed
+        )
+        return self._nl.request(
+            _RTM_DELNEIGH,
+            body,
+            what=f"cannot remove the neighbour {address} from {device}{self._where}",
+            ignore=(errno.ENOENT, errno.ENODEV),
+        )
+
+    # ---- the node
+
+    def host_devices(
+        self, *, exclude: Iterable[str] = ("cil", "cilia_", "lxc")
+    ) -> list[HostDevice]:
+        """The devices that are up and have a global address or a default route, by index.
+
+        Not the loopback, not enslaved ones, and not those whose name starts with one of `exclude`.
+        """
+        prefixes = tuple(exclude)
+        addresses: dict[int, list[Interface]] = {}
+        for address in self.addresses():
+            if address.scope == RT_SCOPE_UNIVERSE:
+                addresses.setdefault(address.index, []).append(address.interface)
+        defaults = {route.index for route in self.default_routes()}
+        return [
+            HostDevice(
+                index=link.index,
+                name=link.name,
+                mac=link.mac,
+                mtu=link.mtu,
+                addresses=tuple(addresses.get(link.index, ())),
+                default_route=link.index in defaults,
+                kind=link.kind,
+            )
+            for link in sorted(self.links(), key=lambda link: link.index)
+            if link.up
+            and not link.loopback
+            and not link.master
+            and not link.name.startswith(prefixes)
+            and (link.index in addresses or link.index in defaults)
+        ]
+
+    def default_routes(self) -> list[Route]:
+        """The best one first, for each family."""
+        found = [r for r in self.routes() if not r.destination.prefixlen and r.type == _RTN_UNICAST]
+        return sorted(found, key=lambda route: (route.destination.version, route.priority))
+
+    def overlapping_routes(
+        self, pool: Network_, *, ignore_devices: Iterable[str | int] = ()
+    ) -> list[Route]:
+        """Routes of the main table that share addresses with the pool: others live there.
+
+        The default route is none of them, nor are multicast and link-local routes, nor our own.
+        """
+        ignored = set()
+        for device in ignore_devices:
+            link = self.find_link(device)
+            if link is not None:
+                ignored.add(link.index)
+        return [
+            route
+            for route in self.routes()
+            if route.destination.version == pool.version
+            and route.destination.prefixlen
+            and route.protocol != ROUTE_PROTOCOL
+            and route.index not in ignored
+            and not route.destination.is_multicast
+            and not route.destination.is_link_local
+            and _overlap(route.destination, pool)
+        ]
+
+
+def _overlap(one: Network_, other: Network_) -> bool:
+    return isinstance(one, IPv4Network) == isinstance(other, IPv4Network) and one.overlaps(other)
+
+
+def _named(name: str) -> str:
+    if not _NAME.match(name) or name in (".", ".."):
+        raise InvalidInterfaceName(name)
+    return name
+
+
+def _family(address: Address | Interface | Network_) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def mac_bytes(mac: str) -> bytes:
+    """Raises InvalidError."""
+    try:
+        packed = bytes.fromhex(mac.replace(":", ""))
+    except ValueError:
+        packed = b""
+    if len(packed) != 6:
+        raise InvalidError(f"{mac!r} is not a MAC address", cure="Write it as 02:00:00:00:00:01")
+    return packed
+
+
+def _mac_text(payload: bytes | None) -> str:
+    return payload.hex(":") if payload and len(payload) == 6 else ""
+
+
+def _address(payload: bytes | None) -> Address | None:
+    if payload is None:
+        return None
+    return IPv4Address(payload) if len(payload) == 4 else IPv6Address(payload)
+
+
+def parse_link(raw: bytes) -> Link:
+    _, _, index, flags, _ = _IFINFO.unpack_from(raw)
+    attributes = parse_attributes(raw[_IFINFO.size :])
+    info = parse_attributes(attributes.get(_IFLA_LINKINFO, b""))
+    return Link(
+        index=index,
+        name=as_text(attributes.get(_IFLA_IFNAME)),
+        kind=as_text(info.get(_IFLA_INFO_KIND)),
+        mac=_mac_text(attributes.get(_IFLA_ADDRESS)),
+        mtu=as_u32(attributes.get(_IFLA_MTU)),
+        up=bool(flags & _IFF_UP),
+        carrier=bool(flags & _IFF_LOWER_UP),
+        loopback=bool(flags & _IFF_LOOPBACK),
+        master=as_u32(attributes.get(_IFLA_MASTER)),
+        link=as_u32(attributes.get(_IFLA_LINK)),
+        foreign_link=_IFLA_LINK_NETNSID in attributes,
+        alias=as_text(attributes.get(_IFLA_IFALIAS)),
+    )
+
+
+def parse_address(raw: bytes) -> DeviceAddress | None:
+    family, prefix_length, _, scope, index = _IFADDR.unpack_from(raw)
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    attributes = parse_attributes(raw[_IFADDR.size :])
+    # On point-to-point links IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
+    payload = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
+    address = _address(payload)
+    if address is None:
+        return None
+    interface = ipaddress.ip_interface((address, prefix_length))
+    return DeviceAddress(index=index, interface=interface, scope=scope)
+
+
+def parse_route(raw: bytes) -> Route | None:
+    family, length, _, _, table, protocol, scope, kind, _ = _RTMSG.unpack_from(raw)
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    attributes = parse_attributes(raw[_RTMSG.size :])
+    destination = _address(attributes.get(_RTA_DST))
+    if destination is None:
+        destination = IPv4Address(0) if family == socket.AF_INET else IPv6Address(0)
+    return Route(
+        destination=ipaddress.ip_network((destination, length), strict=False),
+        gateway=_address(attributes.get(_RTA_GATEWAY)),
+        index=as_u32(attributes.get(_RTA_OIF)),
+        source=_address(attributes.get(_RTA_PREFSRC)),
+        table=as_u32(attributes.get(_RTA_TABLE), table),
+        protocol=protocol,
+        scope=scope,
+        type=kind,
+        priority=as_u32(attributes.get(_RTA_PRIORITY)),
+    )
+
+
+def _parse_neighbour(raw: bytes) -> Neighbour | None:
+    _, index, state, _, _ = _NDMSG.unpack_from(raw)
+    attributes = parse_attributes(raw[_NDMSG.size :])
+    address = _address(attributes.get(_NDA_DST))
+    if address is None:
+        return None
+    return Neighbour(
+        index=index,
+        address=address,
+        mac=_mac_text(attributes.get(_NDA_LLADDR)),
+        permanent=bool(state & _NUD_PERMANENT),
+    )

@@ -1,0 +1,99 @@
+"""What changes among links, addresses and routes, as it happens.
+
+Netlink multicast is best effort: when its buffer overflows the kernel says so (ENOBUFS) and the batch
+is marked `overrun`, which means: look at everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from cilia.net.device import (
+    DeviceAddress,
+    Link,
+    Route,
+    parse_address,
+    parse_link,
+    parse_route,
+)
+from cilia.net.netlink import messages, open_watcher
+from cilia.net.netns import NetNS
+
+_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_ LINK, IPV4_{IFADDR,ROUTE}, IPV6_ same
+_MAX_DATAGRAMS: Final = 256  # a batch at most, so that a storm does not starve the loop
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkEvent:
+    """Something appeared, changed, or was deleted (then `what` is its last state)."""
+
+    what: Link | DeviceAddress | Route
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    events: tuple[NetworkEvent, ...]
+    overrun: bool  # some events were lost
+
+
+@asynccontextmanager
+async def watch_network(netns: NetNS | None = None) -> AsyncIterator[AsyncIterator[EventBatch]]:
+    """`async with watch_network() as batches: async for batch in batches: ...`
+
+    It listens from the moment the context is entered, so list things after that.
+    """
+    sock = open_watcher(netns, _GROUPS)
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        yield _batches(sock, readable)
+    finally:
+        loop.remove_reader(sock)
+        sock.close()
+
+
+async def _batches(sock: socket.socket, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
+    while True:
+        readable.clear()
+        events: list[NetworkEvent] = []
+        overrun = False
+        for _ in range(_MAX_DATAGRAMS):
+            try:
+                data = sock.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                overrun = True
+                continue
+            for kind, _, _, body in messages(data):
+                event = _decode(kind, body)
+                if event is not None:
+                    events.append(event)
+        if events or overrun:
+            yield EventBatch(tuple(events), overrun)
+        else:
+            await readable.wait()
+
+
+def _decode(kind: int, body: bytes) -> NetworkEvent | None:
+    what: Link | DeviceAddress | Route | None
+    match kind:
+        case 16 | 17:  # RTM_NEWLINK, RTM_DELLINK
+            what = parse_link(body)
+        case 20 | 21:  # RTM_NEWADDR, RTM_DELADDR
+            what = parse_address(body)
+        case 24 | 25:  # RTM_NEWROUTE, RTM_DELROUTE
+            what = parse_route(body)
+        case _:
+            return None
+    return None if what is None else NetworkEvent(what, deleted=bool(kind & 1))
