@@ -1,0 +1,494 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Connections, and what was decided about them.
+ *
+ * One entry serves both directions. Its two sides hold what the initiator's
+ * egress policy and the responder's ingress policy said, with the revision and
+ * the ipcache epoch they said it under. While both are current a packet needs
+ * neither an identity nor a policy lookup; when one is not, the next packet of
+ * either direction has it judged again, so what is revoked is cut at once:
+ *
+ *      initiator ----packet----> responder        initiator <---packet---- responder
+ *        side[0] current? side[1] current?          side[0] current? side[1] current?
+ *
+ * Only a side whose end is a local endpoint is ever judged.
+ */
+#ifndef CILIA_CONNTRACK_H
+#define CILIA_CONNTRACK_H
+
+#include "parse.h"
+#include "policy.h"
+#include "time.h"
+
+#define CT_FROM_LO (1u << 0) /* the packet was sent by the lo end */
+#define CT_REPLACE (1u << 1) /* an entry exists, and this packet begins anew */
+
+/* Returns true when the sender of the packet is the lo end. */
+static __always_inline bool ct_key_of(struct ct_key *key, const struct packet *p)
+{
+	__u64 s0 = bpf_be64_to_cpu(p->saddr.d[0]), d0 = bpf_be64_to_cpu(p->daddr.d[0]);
+	__u64 s1 = bpf_be64_to_cpu(p->saddr.d[1]), d1 = bpf_be64_to_cpu(p->daddr.d[1]);
+	bool from_lo = s0 != d0 ? s0 < d0 :
+		       s1 != d1 ? s1 < d1 :
+				  bpf_ntohs(p->sport_be) <= bpf_ntohs(p->dport_be);
+
+	if (from_lo) {
+		addr_copy(&key->lo, &p->saddr);
+		addr_copy(&key->hi, &p->daddr);
+		key->lo_port_be = p->sport_be;
+		key->hi_port_be = p->dport_be;
+	} else {
+		addr_copy(&key->lo, &p->daddr);
+		addr_copy(&key->hi, &p->saddr);
+		key->lo_port_be = p->dport_be;
+		key->hi_port_be = p->sport_be;
+	}
+	key->proto = p->proto;
+	key->scope = 0;
+	key->pad = 0;
+	return from_lo;
+}
+
+static __always_inline bool ct_is_reply(const struct ct_entry *e, bool from_lo)
+{
+	return from_lo != !!(e->flags & CT_F_INIT_LO);
+}
+
+/* ---- lifetimes ---- */
+
+static __always_inline bool ct_is_closed(const struct ct_entry *e)
+{
+	return e->seen[0] & e->seen[1] & CT_SEEN_CLOSING;
+}
+
+/*
+ * A connection of which only SYN (and SYN-ACK) were seen retires early. The
+ * values are the kernel side's own fields of cilia_runtime.
+ */
+static __always_inline __u32 ct_lifetime_s(const struct ct_entry *e, __u8 proto)
+{
+	const struct runtime *rt = runtime();
+
+	if (!rt)
+		return 0;
+	if (proto != PROTO_TCP)
+		return rt->ct_any_s;
+	if (ct_is_closed(e))
+		return rt->ct_tcp_fin_s;
+	return (e->seen[0] | e->seen[1]) & CT_SEEN_NON_SYN ? rt->ct_tcp_s : rt->ct_tcp_syn_s;
+}
+
+static __always_inline __u8 ct_seen(const struct packet *p)
+{
+	return (p->tcp_flags & TCP_SYN ? 0 : CT_SEEN_NON_SYN) |
+	       (p->tcp_flags & (TCP_FIN | TCP_RST) ? CT_SEEN_CLOSING : 0);
+}
+
+#define TCP_REPORTED (TCP_SYN | TCP_FIN | TCP_RST)
+
+/* Is this packet worth a trace event? Remember that it was. */
+static __always_inline bool ct_report(const struct packet *p, const struct flow *f,
+				      struct ct_entry *e)
+{
+	__u8 flags = p->tcp_flags & TCP_REPORTED;
+	__u32 i = f->reply & 1;
+
+	if (f->aggregation >= AGGREGATE_MEDIUM && !(flags & (TCP_FIN | TCP_RST)) &&
+	    !(flags & ~e->report_flags[i]) &&
+	    p->now_s - e->last_report_s[i] < f->report_interval_s)
+		return false;
+	e->report_flags[i] |= flags;
+	e->last_report_s[i] = p->now_s;
+	return true;
+}
+
+/*
+ * Account for a packet that passes. Each direction writes its own fields with
+ * plain stores: a direction is on one CPU, or may lose a count.
+ */
+static __always_inline void ct_update(const struct packet *p, struct flow *f, struct ct_entry *e)
+{
+	__u32 i = f->reply & 1, expires_s;
+	bool was_closed = ct_is_closed(e);
+
+	e->packets[i]++;
+	e->bytes[i] += p->len;
+	if (p->proto == PROTO_TCP) {
+		__u8 seen = e->seen[i] | ct_seen(p);
+
+		if (seen != e->seen[i])
+			e->seen[i] = seen;
+	}
+	if (!was_closed) {
+		expires_s = p->now_s + ct_lifetime_s(e, p->proto);
+		if (e->expires_s != expires_s)
+			e->expires_s = expires_s;
+	}
+	f->report = ct_report(p, f, e);
+}
+
+/* ---- judging ---- */
+
+/* One half of a side, as it is written: what was admitted under which revision. */
+struct admitted {
+	__u32 policy_rev, remote_id;
+} __attribute__((aligned(8)));
+
+static __always_inline void ct_side_set(struct ct_side *side, __u32 policy_rev, __u32 remote_id,
+					__u32 epoch, __u32 rule_id)
+{
+	struct admitted admitted = { policy_rev, remote_id };
+
+	side->rule_id = rule_id;
+	*(volatile __u64 *)&side->policy_rev = *(__u64 *)&admitted;
+	*(volatile __u32 *)&side->epoch = epoch;
+}
+
+/* Some address changed its identity, but neither the one admitted nor the policy did. */
+static __always_inline bool ct_side_still_admits(const struct ct_side *side, const struct end *ep,
+						 __u32 remote_id)
+{
+	const struct policy_meta *meta = policy_meta(ep);
+	struct admitted now = { meta ? meta->rev : 0, remote_id };
+
+	return now.policy_rev && *(volatile __u64 *)&side->policy_rev == *(__u64 *)&now;
+}
+
+/* What the policy is asked about: where the initiator's first packet went. */
+static __always_inline __be16 policy_port(const struct packet *p, bool reply)
+{
+	if (!packet_is_icmp(p))
+		return reply ? p->sport_be : p->dport_be;
+	/* The other direction of a tracked ICMP exchange is an echo reply. */
+	if (reply)
+		return bpf_htons(packet_is_ip6(p) ? ICMP6_ECHO : ICMP4_ECHO);
+	return bpf_htons(p->icmp_type);
+}
+
+/* An error is asked about by its type, unless it belongs to a connection. */
+static __always_inline bool is_path_mtu(const struct packet *p)
+{
+	if (!(p->flags & PKT_ERROR))
+		return false;
+	return packet_is_ip6(p) ? p->icmp_type == ICMP6_TOO_BIG :
+				  p->icmp_type == ICMP4_UNREACHABLE &&
+					  p->icmp_code == ICMP4_FRAG_NEEDED;
+}
+
+#define AUDITED 1 /* denied, but only reported */
+
+/* Ask ep's policy. Returns 0, AUDITED, or a negative drop reason. */
+static __always_inline int judge(const struct end *ep, struct flow *f, struct judgement *j,
+				 int *denied)
+{
+	const struct policy_meta *meta = policy_meta(ep);
+
+	/* The revision before the rows: rows may be newer than it, never older. */
+	f->policy_rev = meta ? *(volatile __u32 *)&meta->rev : 0;
+	f->rule_id = 0;
+	*denied = 0;
+	if (!end_is_open(ep) || !f->policy_rev)
+		return -DROP_NOT_OPEN;
+	*denied = policy_allows(ep, j);
+	f->rule_id = j->rule_id;
+	if (*denied && ((ep->flags & EP_F_AUDIT) || (j->row_flags & POLICY_F_AUDIT)))
+		return AUDITED;
+	return *denied;
+}
+
+/* Judge one side of a new connection, tell observers, and record it in work()->entry. */
+__noinline int ct_judge_new(struct __sk_buff *ctx, bool egress)
+{
+	struct work *w = work();
+	struct judgement j = {};
+	const struct end *ep;
+	int ret, denied;
+
+	if (!w)
+		return -DROP_INVALID;
+	ep = egress ? &w->f.src : &w->f.dst;
+	if (!end_is_local(ep))
+		return 0;
+	j.remote_id = egress ? w->f.dst_id : w->f.src_id;
+	j.egress = egress;
+	j.proto = w->p.proto;
+	j.dport_be = policy_port(&w->p, false);
+	w->f.direction = egress ? DIR_EGRESS : DIR_INGRESS;
+
+	ret = judge(ep, &w->f, &j, &denied);
+	if (ret == -DROP_NOT_OPEN)
+		return ret;
+	/* Path MTU discovery must work whatever policy says, unless told otherwise. */
+	if (denied && is_path_mtu(&w->p) && (w->f.rt_flags & RT_F_ALLOW_FRAG_NEEDED)) {
+		w->f.rule_id = 0;
+		return 0;
+	}
+	policy_notify(ctx, &j, denied, ret == AUDITED ? EVENT_F_AUDITED : 0);
+	if (ret < 0)
+		return ret;
+	ct_side_set(egress ? &w->entry.side[0] : &w->entry.side[1], w->f.policy_rev, j.remote_id,
+		    w->f.epoch, j.rule_id);
+	return 0;
+}
+
+static __always_inline int ct_create(struct work *w, __u32 how)
+{
+	const struct packet *p = &w->p;
+	struct ct_entry *e = &w->entry;
+	long err;
+
+	e->flags = (how & CT_FROM_LO ? CT_F_INIT_LO : 0) |
+		   (w->f.origin == ORIGIN_HOST ? CT_F_FROM_HOST : 0) |
+		   (w->f.origin == ORIGIN_OUTSIDE ? CT_F_OUTSIDE : 0);
+	e->packets[0] = 1;
+	e->bytes[0] = p->len;
+	e->seen[0] = p->proto == PROTO_TCP ? ct_seen(p) : 0;
+	e->report_flags[0] = p->tcp_flags & TCP_REPORTED;
+	e->last_report_s[0] = p->now_s;
+	e->expires_s = p->now_s + ct_lifetime_s(e, p->proto);
+	err = bpf_map_update_elem(&cilia_ct, &w->key, e, how & CT_REPLACE ? BPF_ANY : BPF_NOEXIST);
+	/* Another CPU was first with the same connection: as good. */
+	if (err && err != -EEXIST)
+		return -DROP_CT_INSERT;
+	w->f.tracked = true;
+	return 0;
+}
+
+/*
+ * A packet that belongs to no connection: judged at every local end; if all
+ * allow, an entry is made for what can be a connection.
+ */
+__noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
+{
+	struct work *w = work();
+	struct packet *p;
+	struct flow *f;
+	bool track = true;
+	int ret;
+
+	if (!w)
+		return -DROP_INVALID;
+	p = &w->p;
+	f = &w->f;
+	/* The answer to a masqueraded packet belongs to a connection, or to nobody. */
+	if (f->answer)
+		return -DROP_NAT_NO_PORT;
+	f->state = CT_NEW;
+	f->reply = 0;
+	f->report = 1;
+	flow_identities(p, f);
+	if (p->proto == PROTO_TCP) {
+		if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
+			return -DROP_CT_CREATE;
+		/* The end of something we do not know: nothing to remember. */
+		if (p->tcp_flags & (TCP_RST | TCP_FIN))
+			track = false;
+	} else if (packet_is_icmp(p)) {
+		track = packet_is_echo_request(p);
+	}
+	memset(&w->entry, 0, sizeof(w->entry));
+	ret = ct_judge_new(ctx, true);
+	if (ret)
+		return ret;
+	ret = ct_judge_new(ctx, false);
+	if (ret || !track)
+		return ret;
+	return ct_create(w, how);
+}
+
+/*
+ * A side is not current: ask again whether the connection would be admitted.
+ * which is 0 for the initiator's egress, 1 for the responder's ingress. The
+ * packet is p, or the one that the ICMP error p quotes: that goes the other way.
+ */
+__noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
+{
+	struct work *w = work();
+	struct judgement j = {};
+	const struct packet *p;
+	const union addr *remote_addr;
+	const struct end *ep, *remote;
+	struct ct_side *side;
+	struct ct_entry *e;
+	bool judged_sends;
+	int ret, denied;
+
+	if (!w)
+		return -DROP_INVALID;
+	e = bpf_map_lookup_elem(&cilia_ct, &w->key);
+	if (!e)
+		return -DROP_POLICY;
+	p = quoted ? &w->quoted : &w->p;
+	/* side[0] is the initiator's: the sender's, unless this is a reply. */
+	judged_sends = w->f.reply == (which & 1);
+	ep = judged_sends != quoted ? &w->f.src : &w->f.dst;
+	remote = judged_sends != quoted ? &w->f.dst : &w->f.src;
+	remote_addr = judged_sends ? &p->daddr : &p->saddr;
+	side = which & 1 ? &e->side[1] : &e->side[0];
+
+	j.egress = !(which & 1);
+	j.proto = p->proto;
+	j.dport_be = policy_port(p, w->f.reply);
+	if (end_is_local(remote))
+		j.remote_id = remote->identity;
+	else if (j.egress)
+		j.remote_id = identity_of_destination(remote_addr);
+	else if (e->flags & CT_F_FROM_HOST)
+		j.remote_id = ID_HOST;
+	else
+		j.remote_id = identity_of_outsider(remote_addr);
+	w->f.remote_id = j.remote_id;
+	w->f.direction = j.egress ? DIR_EGRESS : DIR_INGRESS;
+
+	if (end_is_open(ep) && ct_side_still_admits(side, ep, j.remote_id)) {
+		*(volatile __u32 *)&side->epoch = w->f.epoch;
+		return 0;
+	}
+	ret = judge(ep, &w->f, &j, &denied);
+	if (ret >= 0) {
+		ct_side_set(side, w->f.policy_rev, j.remote_id, w->f.epoch, j.rule_id);
+		return 0;
+	}
+	if (ret != -DROP_NOT_OPEN) {
+		policy_notify(ctx, &j, denied, EVENT_F_REJUDGED);
+		bpf_map_delete_elem(&cilia_ct, &w->key);
+	}
+	return ret;
+}
+
+static __always_inline bool ct_side_is_current(const struct ct_side *side, const struct end *ep,
+					       __u32 epoch)
+{
+	const struct policy_meta *meta;
+
+	if (!end_is_local(ep))
+		return true;
+	meta = policy_meta(ep);
+	return end_is_open(ep) && meta && meta->rev && side->policy_rev == meta->rev &&
+	       side->epoch == epoch;
+}
+
+/* Do all local ends of the connection still admit it? */
+static __always_inline int ct_check(struct __sk_buff *ctx, const struct flow *f,
+				    const struct ct_entry *e, bool quoted)
+{
+	const struct end *sender = quoted ? &f->dst : &f->src, *receiver = quoted ? &f->src : &f->dst;
+	const struct ct_side *senders = f->reply ? &e->side[1] : &e->side[0];
+	const struct ct_side *receivers = f->reply ? &e->side[0] : &e->side[1];
+	int ret = 0;
+
+	if (unlikely(!ct_side_is_current(senders, sender, f->epoch)))
+		ret = ct_rejudge(ctx, f->reply, quoted);
+	if (!ret && unlikely(!ct_side_is_current(receivers, receiver, f->epoch)))
+		ret = ct_rejudge(ctx, !f->reply, quoted);
+	return ret;
+}
+
+/*
+ * Does a packet that matches an entry begin a connection of its own? A SYN does
+ * when the old connection is closing, or when the responder sends it: the entry
+ * admits its answers, and a SYN is none. Nor is an echo request.
+ */
+static __always_inline bool ct_begins_anew(const struct packet *p, const struct flow *f,
+					   const struct ct_entry *e)
+{
+	if (p->proto == PROTO_TCP)
+		return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
+		       (f->reply || ((e->seen[0] | e->seen[1]) & CT_SEEN_CLOSING));
+	if (p->flags & PKT_ECHO)
+		return packet_is_echo_request(p) == f->reply;
+	return false;
+}
+
+/*
+ * From outside, somebody pretends to be an end that is not outside: the entry
+ * was made by, or for, this node's own stack.
+ */
+static __always_inline bool ct_is_spoofed(const struct flow *f, const struct ct_entry *e)
+{
+	if (f->origin != ORIGIN_OUTSIDE)
+		return false;
+	return f->reply ? e->side[0].remote_id == ID_HOST : !(e->flags & CT_F_OUTSIDE);
+}
+
+/*
+ * An ICMP error concerns the connection of the packet that it quotes. Returns 1
+ * when it does and the connection is still allowed, 0 when it is to be judged as
+ * plain ICMP, or a drop reason.
+ */
+__noinline int ct_related(struct __sk_buff *ctx)
+{
+	struct work *w = work();
+	struct packet *p, *q;
+	struct ct_entry *e;
+	struct flow *f;
+	bool from_lo;
+	int ret;
+
+	if (!w || !parse_quoted(ctx))
+		return 0;
+	p = &w->p;
+	q = &w->quoted;
+	f = &w->f;
+	/* It goes to whoever sent the quoted packet; an endpoint complains only of what it got. */
+	if (!addr_equal(&q->saddr, &p->daddr) ||
+	    (end_is_local(&f->src) && !addr_equal(&q->daddr, &p->saddr)))
+		return 0;
+	from_lo = ct_key_of(&w->key, q);
+	e = bpf_map_lookup_elem(&cilia_ct, &w->key);
+	if (!e || e->expires_s < p->now_s)
+		return 0;
+	/* Nobody outside has seen a packet between two local ends. */
+	if (f->origin == ORIGIN_OUTSIDE &&
+	    (endpoint_by_addr(&q->daddr) || identity_of_destination(&q->daddr) == ID_HOST))
+		return 0;
+
+	f->reply = ct_is_reply(e, from_lo);
+	ret = ct_check(ctx, f, e, true);
+	f->reply = !f->reply;
+	flow_identities(p, f);
+	if (ret)
+		return ret;
+	f->state = CT_RELATED;
+	f->report = 1;
+	return 1;
+}
+
+/* Returns 0 when the packet may pass, with f->state set, or a drop reason. */
+static __always_inline int ct_track(struct __sk_buff *ctx, struct work *w)
+{
+	struct packet *p = &w->p;
+	struct flow *f = &w->f;
+	struct ct_entry *e;
+	__u32 how;
+	int ret;
+
+	if (unlikely(p->flags & PKT_ERROR)) {
+		ret = ct_related(ctx);
+		if (ret)
+			return ret < 0 ? ret : 0;
+	}
+	how = ct_key_of(&w->key, p) ? CT_FROM_LO : 0;
+	e = bpf_map_lookup_elem(&cilia_ct, &w->key);
+	if (unlikely(!e))
+		return ct_admit(ctx, how);
+	if (unlikely(e->expires_s < p->now_s))
+		return ct_admit(ctx, how | CT_REPLACE);
+	f->reply = ct_is_reply(e, how & CT_FROM_LO);
+	if (unlikely(ct_begins_anew(p, f, e)))
+		return ct_admit(ctx, how | CT_REPLACE);
+	if (unlikely(ct_is_spoofed(f, e)))
+		return -DROP_SOURCE_IP;
+	f->state = f->reply ? CT_REPLY : CT_ESTABLISHED;
+	ret = ct_check(ctx, f, e, false);
+	if (unlikely(ret))
+		return ret;
+	ct_update(p, f, e);
+	f->tracked = true;
+	f->remote_id = end_is_local(&f->src) == f->reply ? e->side[1].remote_id :
+							   e->side[0].remote_id;
+	return 0;
+}
+
+
+#endif /* CILIA_CONNTRACK_H */
