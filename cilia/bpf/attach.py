@@ -136,12 +136,16 @@ class Link:
 
     def detach(self) -> None:
         """Take the program away. A device that is gone has nothing left to take."""
-        if self.ifindex and self.direction is not None:
-            if self.kind == "clsact":
-                _drop_filter(self.ifindex, self.direction)
-                if self.pin is not None:
-                    _mark(self.pin).unlink(missing_ok=True)
-                return
+        if self.kind == "clsact":
+            assert self.direction is not None
+            _drop_filter(self.ifindex, self.direction)
+            if self.pin is not None:
+                _mark(self.pin).unlink(missing_ok=True)
+            return
+        if self.fd >= 0:
+            # Dropping the last reference detaches some time later; this, at once. A link whose
+            # device is gone has nothing left to detach.
+            libbpf.function("bpf_link_detach")(self.fd)
         if self.pin is not None:
             self.pin.unlink(missing_ok=True)
         self.close()
@@ -238,8 +242,8 @@ def _live_link(pin: Path | None, ifindex: int, direction: Direction) -> Link | N
 
 def _attach_clsact(ifindex: int, direction: Direction, prog: Program, pin: Path | None) -> Link:
     _set_filter(ifindex, direction, prog, pin)
-    if pin is not None:
-        pin.unlink(missing_ok=True)  # the tcx link of an earlier run, if any
+    if pin is not None and pin.exists():
+        Link.open_pinned(pin).detach()  # the tcx link of an earlier run
     return Link("clsact", pin=pin, ifindex=ifindex, direction=direction)
 
 
@@ -248,7 +252,8 @@ def detach_tc(ifindex: int, direction: Direction, pin: Path) -> None:
     if _mark(pin).exists():
         _drop_filter(ifindex, direction)
         _mark(pin).unlink(missing_ok=True)
-    pin.unlink(missing_ok=True)
+    if pin.exists():
+        Link.open_pinned(pin).detach()
 
 
 def attach_cgroup(

@@ -7,7 +7,8 @@ Field names are the header's. Two shapes need a word:
   made by `plen_egress()` and taken apart by `split_plen_egress()`.
 
 Fields named *_be are big-endian dtypes: numbers read from and written to them are in host order.
-Beware of np.concatenate and np.stack, which make them native unless told `dtype=`; Map refuses such.
+Beware of np.concatenate and np.stack, which make them native unless told `dtype=`: Map refuses
+such rows.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "bpf_prog_load": (_I, _I, _S, _S, _P, _SZ, _P),
     "bpf_prog_test_run_opts": (_I, _I, _P),
     "bpf_link_create": (_I, _I, _I, _I, _P),
+    "bpf_link_detach": (_I, _I),
     "bpf_link_update": (_I, _I, _I, _P),
     "ring_buffer__new": (_P, _I, _P, _P, _P),
     "ring_buffer__free": (None, _P),

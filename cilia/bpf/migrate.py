@@ -1,8 +1,8 @@
 """Carrying the rows of a pinned map over to a changed definition of it.
 
-What can be carried: rows whose key kept its size and layout, and whose value kept its layout or grew
-at the end (or into fields named pad*), new bytes being zero. Anything else takes a converter that the
-caller supplies. Without one, caches (LRU) and event streams are emptied, and others are refused: an
+What can be carried: rows whose key kept its size and layout, and whose value kept its layout or
+grew at the end (or into fields named pad*), new bytes being zero. Anything else takes a converter
+that the caller supplies. Without one, caches (LRU) and event streams are emptied, and others are refused: an
 emptied policy or ipcache map would change verdicts.
 
 Old programs write to the old map until they are replaced, so what they add after the copy is lost.
@@ -141,7 +141,7 @@ def _sizes_carriable(old: MapDefinition, new: MapDefinition) -> bool:
 
 def _slots(outer: Map) -> Iterator[int]:
     """Slots that hold a map."""
-    for key, _ in outer.items():
+    for key in outer.keys():
         if outer.inner_id(slot := int.from_bytes(key, "little")) is not None:
             yield slot
 

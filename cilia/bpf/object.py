@@ -95,8 +95,8 @@ class Object:
         `rodata` sets `const volatile` globals by name: numbers in host order, bytes of exactly the
         variable's size. `map_sizes` overrides max_entries by map name; names the object lacks are
         ignored, so that one configuration serves several objects. With `pin_dir`, maps declared
-        LIBBPF_PIN_BY_NAME are pinned there under their names; without, none is. `policies` says what
-        becomes of a pinned map whose definition changed.
+        LIBBPF_PIN_BY_NAME are pinned there under their names; without, none is. `policies` says
+        what becomes of a pinned map whose definition changed.
         """
         path = Path(path)
         if not path.is_file():
@@ -147,7 +147,7 @@ class Object:
         self.close()
 
     def close(self) -> None:
-        """Free libbpf's side. Pins, links, and `Map`s and `Program`s already taken are unaffected."""
+        """Free libbpf's side. Pins, links, and `Map`s and `Program`s taken before stay."""
         handle, self._handle = getattr(self, "_handle", 0), 0
         if handle:
             libbpf.function("bpf_object__close")(handle)

@@ -1,8 +1,8 @@
 """What this kernel, and this process on it, can do: each thing found out by doing it.
 
-Versions are shown and never judged by, for distributions carry features back. A helper is there when
-a program of a few instructions that calls it passes the verifier; a map type when a map of it can be
-made; clsact and tcx when a program hangs on the loopback device of a namespace made for that alone.
+Versions are shown and never judged by, for distributions carry features back. A helper is there
+when a program of a few instructions that calls it passes the verifier; a map type when a map of it
+can be made; clsact and tcx when a program hangs on the loopback device of a namespace made for that alone.
 Nothing is left behind.
 """
 

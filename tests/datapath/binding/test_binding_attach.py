@@ -28,6 +28,7 @@ from cilia.bpf import (
     list_attached,
 )
 from cilia.bpf import sys as bpf_sys
+from cilia.bpf.map import pin_fd
 from cilia.bpf.probe import cgroup2_root
 from cilia.bpf.uapi import AttachType
 
@@ -111,8 +112,6 @@ def test_a_run_killed_between_the_modes_is_put_right(
         # both modes in place, as after a kill in the middle of a change, either way
         attach_tc(LO, "ingress", prog, mode="clsact", pin=bpffs / "hook")
         fresh = attach_tc(LO, "ingress", loaded.program("emit"), mode="tcx")
-        from cilia.bpf.map import pin_fd
-
         pin_fd(fresh.fd, bpffs / "hook", "link")
         fresh.close()
         assert len(ids("ingress")) == 2
@@ -169,7 +168,7 @@ def test_replacement_under_traffic_loses_nothing(
         address = receiver.getsockname()
         receiver.settimeout(5)
         stop = threading.Event()
-        arrived = []
+        arrived: list[bytes] = []
 
         def flood() -> None:
             while not stop.is_set():
@@ -234,22 +233,24 @@ def test_a_link_whose_device_went_is_made_anew(
         prog = loaded.program("generation")
 
         def device() -> int:
-            subprocess.run("ip link add dum0 type veth peer dum1".split(), check=True)
+            subprocess.run(
+                ["ip", "link", "add", "dum0", "type", "veth", "peer", "dum1"], check=True
+            )
             return socket.if_nametoindex("dum0")
 
         old = attach_tc(device(), "ingress", prog, pin=bpffs / "hook")
-        subprocess.run("ip link del dum0".split(), check=True)
+        subprocess.run(["ip", "link", "del", "dum0"], check=True)
         assert Link.open_pinned(bpffs / "hook").ifindex == 0
         index = device()
         new = attach_tc(index, "ingress", prog, pin=bpffs / "hook")
         assert new.ifindex == index
         assert [a.prog_id for a in list_attached(index)] == [prog.id]
         old.close()
-        subprocess.run("ip link del dum0".split(), check=True)
+        subprocess.run(["ip", "link", "del", "dum0"], check=True)
         new.detach()
         assert names(bpffs) == set()
         clsact = attach_tc(device(), "ingress", prog, mode="clsact", pin=bpffs / "hook")
-        subprocess.run("ip link del dum0".split(), check=True)
+        subprocess.run(["ip", "link", "del", "dum0"], check=True)
         clsact.detach()
         assert names(bpffs) == set()
 

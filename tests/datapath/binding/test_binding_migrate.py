@@ -118,7 +118,7 @@ def test_sizes_change_both_ways(build: Build, bpffs: Path) -> None:
     before = pins(bpffs)
     with (
         Object.open(build("plain"), pin_dir=bpffs, map_sizes={"t_hash": 20}) as obj,
-        pytest.raises(MigrationRefused, match="t_hash.*more rows than the new size of 20"),
+        pytest.raises(MigrationRefused, match=r"t_hash.*more rows than the new size of 20"),
     ):
         obj.load()
     assert pins(bpffs) == before
@@ -129,7 +129,7 @@ def test_shrunk_values_empty_caches_and_refuse_others(build: Build, bpffs: Path)
     before = pins(bpffs)
     with (
         Object.open(build("plain"), pin_dir=bpffs) as obj,
-        pytest.raises(MigrationRefused, match="t_hash.*value_size 16 -> 8"),
+        pytest.raises(MigrationRefused, match=r"t_hash.*value_size 16 -> 8"),
     ):
         obj.load()
     assert pins(bpffs) == before
@@ -151,7 +151,7 @@ def test_a_field_that_means_something_else_is_a_change(build: Build, bpffs: Path
     first_run(build("plain"), bpffs)
     with (
         Object.open(build("renamed", "RENAMED"), pin_dir=bpffs) as obj,
-        pytest.raises(MigrationRefused, match="t_hash: .*value field b changed"),
+        pytest.raises(MigrationRefused, match=r"t_hash: .*value field b changed"),
     ):
         obj.load()
 

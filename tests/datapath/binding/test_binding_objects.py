@@ -92,9 +92,8 @@ def test_missing_object_names_the_cure(tmp_path: Path) -> None:
 
 
 def test_the_verifiers_log_is_kept(build: Build) -> None:
-    with Object.open(build("refused", "REFUSED")) as obj:
-        with pytest.raises(VerifierError) as caught:
-            obj.load()
+    with Object.open(build("refused", "REFUSED")) as obj, pytest.raises(VerifierError) as caught:
+        obj.load()
     error = caught.value
     assert error.program == "generation"
     assert "pointer arithmetic prohibited" in error.log or "pkt_end" in error.log
@@ -148,7 +147,7 @@ def test_numbers_of_the_wrong_byte_order_are_refused() -> None:
     with pytest.raises(ValueError, match="dport_be"):
         m.update_batch(np.concatenate([keys[:1], keys[1:]]), values)
     m.update_batch(np.concatenate([keys[:1], keys[1:]], dtype=layout.POLICY_KEY), values)
-    assert {row[4:6] for row in m.keys()} == {b"\0\x50", b"\x01\xbb"}
+    assert {row[4:6] for row, _ in m.items()} == {b"\0\x50", b"\x01\xbb"}
 
 
 KINDS = [
@@ -170,7 +169,7 @@ def test_many_rows(kind: MapType, flags: int, batches: bool) -> None:
     m._batch = batches
     numbers = np.arange(count, dtype="u4")
     if kind == MapType.LPM_TRIE:
-        kdtype = np.dtype([("plen", "u4"), ("ip", ">u4")])
+        kdtype: np.dtype[Any] = np.dtype([("plen", "u4"), ("ip", ">u4")])
         keys = np.zeros(count, kdtype)
         keys["plen"], keys["ip"] = 32, numbers
     else:
