@@ -35,8 +35,8 @@ from cilia.kv import (
 ALL = Span.prefix(b"k/")
 
 
-async def values(store: Backend, span: Span = ALL, **how: int) -> dict[bytes, bytes]:
-    return {kv.key: kv.value for kv in (await store.range(span, **how)).kvs}
+async def values(store: Backend, span: Span = ALL, *, revision: int = 0) -> dict[bytes, bytes]:
+    return {kv.key: kv.value for kv in (await store.range(span, revision=revision)).kvs}
 
 
 async def test_an_empty_store_is_at_revision_one_and_each_change_takes_one(store: Backend) -> None:
