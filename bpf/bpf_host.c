@@ -4,10 +4,10 @@
  * for an endpoint, directly or as the answer to a masqueraded packet, and
  * delivers it in one pass. All else is the node's, and passes untouched.
  */
-#include "begin.h"
-#include "deliver.h"
-#include "frag.h"
-#include "unmasquerade.h"
+#include "lib/begin.h"
+#include "lib/deliver.h"
+#include "lib/frag.h"
+#include "lib/unmasquerade.h"
 
 /*
  * Is it an answer to a masqueraded packet? Returns as unmasquerade(). Later

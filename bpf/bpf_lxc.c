@@ -11,11 +11,11 @@
  * destination's policy is asked in the same pass, and bpf_redirect_peer puts
  * the packet straight into its namespace.
  */
-#include "arp.h"
-#include "begin.h"
-#include "frag.h"
-#include "nd.h"
-#include "network.h"
+#include "lib/arp.h"
+#include "lib/begin.h"
+#include "lib/frag.h"
+#include "lib/nd.h"
+#include "lib/network.h"
 
 static __always_inline int handle_from_endpoint(struct __sk_buff *ctx, struct work *w)
 {

@@ -8,7 +8,7 @@
 #define CILIA_CONFIG_H
 
 #include "compiler.h"
-#include "types.h"
+#include "lib/types.h"
 
 /* The gateway as workloads see it. The IPv4 address is IPv4-mapped. */
 const volatile union addr ROUTER_IP4 = {};

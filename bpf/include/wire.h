@@ -7,7 +7,7 @@
 #define CILIA_WIRE_H
 
 #include "compiler.h"
-#include "types.h"
+#include "lib/types.h"
 
 /* ---- Ethernet ---- */
 #define ETH_HLEN        14

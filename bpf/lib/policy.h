@@ -61,7 +61,7 @@ static __always_inline struct policy_value *policy_probe(void *rows, __u32 ident
 #define POLICY_HIT (1ULL << 48)
 
 /*
- * Returns 0 (no row), or POLICY_HIT | row flags << 40 | match type << 32 | rule.
+ * Returns 0 (no row), or POLICY_HIT | row flags << 40 | any peer << 39 | l4_plen << 32 | rule.
  *
  * A global function of scalars: the verifier looks at it once, not once for
  * each caller and each state they may be in.
@@ -72,7 +72,8 @@ __noinline __u64 policy_lookup(__u32 slot, __u32 egress, __u32 identity, __u32 p
 	void *rows = bpf_map_lookup_elem(&cilia_policy, &slot);
 	__u32 plens_id, plens_any, best_plen = 0, any, i;
 	struct policy_value *best = NULL, *row;
-	bool best_any = false, has_deny;
+	__u32 best_any = 0;
+	bool has_deny;
 
 	if (!rows || !meta)
 		return 0;
@@ -100,8 +101,9 @@ __noinline __u64 policy_lookup(__u32 slot, __u32 egress, __u32 identity, __u32 p
 		return 0;
 found:
 	__sync_fetch_and_add(&best->hits, 1);
-	return POLICY_HIT | (__u64)best->flags << 40 |
-	       (__u64)policy_match_type(best_plen, best_any) << 32 | best->rule_id;
+	/* The match type is left to the caller: a branch here would multiply states. */
+	return POLICY_HIT | (__u64)best->flags << 40 | (__u64)best_any << 39 |
+	       (__u64)best_plen << 32 | best->rule_id;
 }
 
 /* Returns 0 (allowed), -DROP_POLICY (no row) or -DROP_POLICY_DENY. */
@@ -113,7 +115,7 @@ static __always_inline int policy_allows(const struct end *ep, struct judgement 
 	if (!found)
 		return -DROP_POLICY;
 	j->rule_id = found;
-	j->match_type = found >> 32;
+	j->match_type = policy_match_type((found >> 32) & 0x7f, found >> 39 & 1);
 	j->row_flags = found >> 40;
 	return j->row_flags & POLICY_F_DENY ? -DROP_POLICY_DENY : 0;
 }

@@ -46,7 +46,6 @@ struct {
 	__uint(max_entries, ROWS);
 	__type(key, __u32);
 	__type(value, struct row);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } t_hash SEC(".maps");
 
 struct {
@@ -54,7 +53,6 @@ struct {
 	__uint(max_entries, ROWS);
 	__type(key, __u64);
 	__type(value, struct row);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } t_lru SEC(".maps");
 
 struct {
@@ -66,14 +64,12 @@ struct {
 #else
 	__type(value, struct metric);
 #endif
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } t_percpu SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 8);
 	__type(key, __u32);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 	__array(values, struct {
 		__uint(type, BPF_MAP_TYPE_HASH);
 		__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -86,7 +82,6 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 14);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } t_ring SEC(".maps");
 
 struct {
