@@ -23,6 +23,7 @@ from cilia.bpf.errors import ENOTSUPP, BpfError
 from cilia.bpf.uapi import MapType
 
 _BATCH = 4096
+_TRIES = 16
 _NO_BATCH = frozenset({ENOTSUPP, errno.EINVAL, errno.EOPNOTSUPP})
 
 Array = npt.NDArray[Any]
@@ -95,7 +96,8 @@ class Map:
         self._buffer_size = self.value_size
         if self.is_percpu:
             self._buffer_size = (self.value_size + 7 & ~7) * possible_cpus()
-        self._batch = True
+        # Empty slots of a map of maps end a batch before Linux 6.5.
+        self._batch = info.type not in uapi.OUTER_TYPES
         self._lookup = libbpf.function("bpf_map_lookup_elem")
         self._update = libbpf.function("bpf_map_update_elem")
         self._delete = libbpf.function("bpf_map_delete_elem")
@@ -348,6 +350,7 @@ class Map:
         size = min(_BATCH, self.max_entries)
         source = None
         started = False
+        tries = 0
         while True:
             keys = np.empty((size, self.key_size), "u1")
             values = np.empty((size, self._buffer_size), "u1")
@@ -366,10 +369,12 @@ class Map:
             if code == errno.ENOSPC:  # a bucket holds more rows than we have room for
                 size *= 2
                 continue
-            if code == errno.EINTR and started:
+            if code == errno.EINTR and tries < _TRIES:  # a row went while a trie was walked
+                tries += 1
                 continue
-            if code in _NO_BATCH and not started:
-                self._batch = False
+            if (code in _NO_BATCH and not started) or code == errno.EINTR:
+                # rows that come again are for `chunks` to sort out
+                self._batch = self._batch and code == errno.EINTR
                 yield from self._singles(bound)
                 return
             if code not in (0, errno.ENOENT):
@@ -436,7 +441,7 @@ class Map:
         keys = self._flat(keys, self.key_size, "key")
         values = self._flat(values, self._buffer_size, "value")
         done = 0
-        if self._batch and self.type not in uapi.OUTER_TYPES:
+        if self._batch:
             opts = libbpf.BatchOpts(sz=C.sizeof(libbpf.BatchOpts), elem_flags=flags)
             count = C.c_uint32(len(keys))
             result = libbpf.function("bpf_map_update_batch")(

@@ -2,8 +2,9 @@
 
 What can be carried: rows whose key kept its size and layout, and whose value kept its layout or
 grew at the end (or into fields named pad*), new bytes being zero. Anything else takes a converter
-that the caller supplies. Without one, caches (LRU) and event streams are emptied, and others are refused: an
-emptied policy or ipcache map would change verdicts.
+that the caller supplies. Without one, caches (LRU), what is kept per CPU (counters, scratch) and
+event streams start empty, and others are refused: an emptied policy or ipcache map would change
+verdicts.
 
 Old programs write to the old map until they are replaced, so what they add after the copy is lost.
 The maps they write to are caches and counters.
@@ -32,7 +33,7 @@ Converter = Callable[[bytes, bytes], tuple[bytes, bytes] | None]
 class OnChange(enum.Enum):
     """What becomes of a pinned map whose definition changed."""
 
-    COPY = "copy"  # carry the rows; caches are emptied where that cannot be done, others refused
+    COPY = "copy"  # carry the rows; where that cannot be done, empty caches and refuse others
     RESET = "reset"  # start empty
     REFUSE = "refuse"  # fail the load
 
@@ -76,7 +77,7 @@ class Change:
             return "convert"
         if self.carriable:
             return "copy"
-        return "reset" if self.new.type in uapi.LRU_TYPES else "refuse"
+        return "reset" if self.new.type in uapi.LRU_TYPES | uapi.PERCPU_TYPES else "refuse"
 
     def check(self, policy: MapPolicy | None) -> None:
         """MigrationRefused when the rows may be neither carried nor dropped."""
@@ -141,9 +142,8 @@ def _sizes_carriable(old: MapDefinition, new: MapDefinition) -> bool:
 
 def _slots(outer: Map) -> Iterator[int]:
     """Slots that hold a map."""
-    for key in outer.keys():
-        if outer.inner_id(slot := int.from_bytes(key, "little")) is not None:
-            yield slot
+    for row in outer.items():
+        yield int.from_bytes(row[0], "little")
 
 
 def _inner_change(name: str, outer: Map, template: MapDefinition) -> Change | None:

@@ -21,7 +21,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +47,7 @@ class _MapState:
     name: str
     handle: int
     definition: MapDefinition
-    pinned_by_name: bool
+    pinned: bool
     reused: bool = False
     change: Change | None = None
     old: Map | None = None
@@ -88,15 +88,16 @@ class Object:
         map_sizes: Mapping[str, int] | None = None,
         layouts: LayoutSet | None = None,
         policies: Mapping[str, MapPolicy] | None = None,
+        unpinned: Collection[str] = (),
         log_level: int = 0,
     ) -> Object:
         """Read an object file and configure it; nothing reaches the kernel yet.
 
         `rodata` sets `const volatile` globals by name: numbers in host order, bytes of exactly the
         variable's size. `map_sizes` overrides max_entries by map name; names the object lacks are
-        ignored, so that one configuration serves several objects. With `pin_dir`, maps declared
-        LIBBPF_PIN_BY_NAME are pinned there under their names; without, none is. `policies` says
-        what becomes of a pinned map whose definition changed.
+        ignored, so that one configuration serves several objects. With `pin_dir`, every map but
+        `unpinned` ones is pinned there under its name; without, none is. `policies` says what
+        becomes of a pinned map whose definition changed.
         """
         path = Path(path)
         if not path.is_file():
@@ -124,7 +125,7 @@ class Object:
             obj._pin_dir = pin_dir
             obj._policies = policies or {}
             obj._read_programs()
-            obj._read_maps(map_sizes or {})
+            obj._read_maps(map_sizes or {}, unpinned)
             for name, value in (rodata or {}).items():
                 obj._set_rodata(name, value)
         except BaseException:
@@ -182,14 +183,13 @@ class Object:
             Object._definition(inner) if inner else None,
         )
 
-    def _read_maps(self, sizes: Mapping[str, int]) -> None:
+    def _read_maps(self, sizes: Mapping[str, int], unpinned: Collection[str]) -> None:
         fn = libbpf.function
         for handle in self._walk("bpf_object__next_map"):
             name = fn("bpf_map__name")(handle).decode()
             if fn("bpf_map__is_internal")(handle):
                 self._read_section(name, handle)
                 continue
-            pinned = fn("bpf_map__pin_path")(handle) is not None
             # Pins are ours to make, after the verifier has said yes; libbpf makes them before.
             libbpf.call(
                 "bpf_map__set_pin_path", handle, None, operation="configure map", subject=name
@@ -202,7 +202,9 @@ class Object:
                     operation="set size of map",
                     subject=name,
                 )
-            self._maps[name] = _MapState(name, handle, self._definition(handle), pinned)
+            self._maps[name] = _MapState(
+                name, handle, self._definition(handle), name not in unpinned
+            )
 
     def _read_section(self, map_name: str, handle: int) -> None:
         at = map_name.find(".rodata")
@@ -315,11 +317,11 @@ class Object:
             raise self._load_error(error) from None
         self._loaded = True
         for state in self._maps.values():
-            if state.pinned_by_name and self._pin_dir and not state.reused:
+            if state.pinned and self._pin_dir and not state.reused:
                 transaction.fresh[state.name] = self.map(state.name)
 
     def _choose_map(self, state: _MapState, transaction: Transaction) -> None:
-        if not state.pinned_by_name or self._pin_dir is None:
+        if not state.pinned or self._pin_dir is None:
             return
         pending = transaction.fresh.get(state.name)
         if pending is not None:
@@ -402,7 +404,7 @@ class Object:
     def pin(self) -> None:
         """Second part of a commit: new maps take the names of the old."""
         for state in self._maps.values():
-            if self._pin_dir is not None and state.pinned_by_name and not state.reused:
+            if self._pin_dir is not None and state.pinned and not state.reused:
                 self.map(state.name).pin(self._pin_dir / state.name)
             state.old = None
 

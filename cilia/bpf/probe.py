@@ -2,8 +2,8 @@
 
 Versions are shown and never judged by, for distributions carry features back. A helper is there
 when a program of a few instructions that calls it passes the verifier; a map type when a map of it
-can be made; clsact and tcx when a program hangs on the loopback device of a namespace made for that alone.
-Nothing is left behind.
+can be made; clsact and tcx when a program hangs on the loopback device of a namespace made for that
+alone. Nothing is left behind.
 """
 
 from __future__ import annotations

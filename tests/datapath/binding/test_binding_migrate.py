@@ -22,7 +22,7 @@ from cilia.bpf import (
 )
 
 FRAME = bytes(12) + b"\x08\x00" + bytes(50)
-PINNED = {"t_hash", "t_lru", "t_percpu", "t_outer", "t_ring"}
+PINNED = {"t_hash", "t_lru", "t_percpu", "t_outer", "t_ring", "t_lost", "t_scratch"}
 
 
 class Build(Protocol):
@@ -66,6 +66,22 @@ def test_maps_need_no_pins(build: Build, bpffs: Path) -> None:
     with Object.open(build("plain")) as obj:
         obj.load()
     assert pins(bpffs) == {}
+
+
+def test_a_map_may_be_left_out(build: Build, bpffs: Path) -> None:
+    with Object.open(build("plain"), pin_dir=bpffs, unpinned=["t_scratch"]) as obj:
+        obj.load()
+    assert set(pins(bpffs)) == PINNED - {"t_scratch"}
+
+
+def test_a_reset_may_be_asked_for(build: Build, bpffs: Path) -> None:
+    first_run(build("plain"), bpffs)
+    policies = {"t_hash": MapPolicy(on_change=OnChange.RESET)}
+    grown = build("grown", "VALUE_EXTRA=1")
+    with Object.open(grown, pin_dir=bpffs, policies=policies) as obj:
+        done = {m.name: (m.copied, m.dropped) for m in obj.load()}
+        assert obj.map("t_hash").lookup(key(0)) is None
+    assert done["t_hash"] == (0, 1)
 
 
 def test_an_empty_outer_map_is_shared_and_kept(build: Build, bpffs: Path) -> None:
@@ -135,7 +151,6 @@ def test_shrunk_values_empty_caches_and_refuse_others(build: Build, bpffs: Path)
     assert pins(bpffs) == before
     policies = {
         "t_hash": MapPolicy(convert=lambda k, v: (k, v[:8])),
-        "t_percpu": MapPolicy(on_change=OnChange.RESET),
         "t_outer": MapPolicy(convert=lambda k, v: (k, v[:16])),
     }
     with Object.open(build("plain"), pin_dir=bpffs, policies=policies) as obj:
