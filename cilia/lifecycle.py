@@ -57,6 +57,10 @@ async def _call(callbacks: list[Callback]) -> None:
             await result
 
 
+class _Stopped(Exception):
+    """Leaves the root task group."""
+
+
 class Lifecycle:
     """The parts of one service, in order."""
 
@@ -115,23 +119,31 @@ class Lifecycle:
 
         Raises what a part's start or a background task raised, alone or in an ExceptionGroup.
         """
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            try:
-                async with AsyncExitStack() as stack:
-                    for name, part in self._parts:
-                        if self._stop.is_set():
-                            break
-                        await self._start(stack, name, part)
-                    else:
-                        self._ready.set()
-                        await _call(self._on_ready)
-                        log.info("The service is ready.")
-                    # Innermost, so it runs before any part is stopped, whatever ends the wait.
-                    stack.push_async_callback(self._announce_stop)
-                    await self._stop.wait()
-            finally:
-                self._group = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                try:
+                    await self._run_parts()
+                finally:
+                    self._group = None
+                # Ends what parts left running in the group.
+                raise _Stopped
+        except* _Stopped:
+            pass
+
+    async def _run_parts(self) -> None:
+        async with AsyncExitStack() as stack:
+            for name, part in self._parts:
+                if self._stop.is_set():
+                    break
+                await self._start(stack, name, part)
+            else:
+                self._ready.set()
+                await _call(self._on_ready)
+                log.info("The service is ready.")
+            # Innermost, so it runs before any part is stopped, whatever ends the wait.
+            stack.push_async_callback(self._announce_stop)
+            await self._stop.wait()
 
     async def _start(
         self, stack: AsyncExitStack, name: str, part: Part | AbstractAsyncContextManager[object]

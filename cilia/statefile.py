@@ -126,7 +126,7 @@ def read_json(path: Path) -> Any:
     if not data.strip():
         raise StateFileDamaged(path, "it is empty")
     try:
-        return json.loads(data)
+        return json.loads(data.decode())
     except UnicodeDecodeError as error:
         raise StateFileDamaged(path, f"byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
