@@ -3,8 +3,8 @@
     ours    a:eth0 == veth == [node: programs, policy, conntrack] == veth == b:eth0
     theirs  a:eth1 == veth == [router: net.ipv4.ip_forward]       == veth == b:eth1
 
-The two workload namespaces are the same, and so are the client and the server, so that only what lies
-between differs. Rounds are taken in turns, and which goes first changes with every round.
+The two workload namespaces are the same, and so are the client and the server, so that only what
+lies between differs. Rounds are taken in turns, and which goes first changes with every round.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from protos.common.v1 import common_pb2
 
@@ -125,7 +126,12 @@ class Node:
 
     def start(self, service: str) -> None:
         """Starts a service; its log is beside its socket."""
-        arguments = ["--run-dir", self.directory, "--state-dir", self.directory / "state"]
+        arguments: list[str | Path] = [
+            "--run-dir",
+            self.directory,
+            "--state-dir",
+            self.directory / "state",
+        ]
         if service == "agent":
             arguments += ["--node-name", "bench", "--bpffs", self.directory / "bpf"]
             arguments += ["--object-dir", ROOT / "build" / "bpf"]
@@ -154,7 +160,7 @@ class Node:
         """A synchronous stub of one of the agent's services, for example EndpointService."""
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix:{self.agent_socket}")
-        return getattr(agent_pb2_grpc, f"{service}Stub")(self._channel)
+        return _stub(service, self._channel)
 
     def wait_ready(self, endpoints: int) -> None:
         """Until the agent says Ok and has that many endpoints ready."""
@@ -167,7 +173,7 @@ class Node:
             with contextlib.suppress(grpc.RpcError):
                 # A fresh channel a try: an old one backs off for longer than a start takes.
                 with grpc.insecure_channel(f"unix:{self.agent_socket}") as channel:
-                    stub: Any = agent_pb2_grpc.StatusServiceStub(channel)
+                    stub = _stub("StatusService", channel)
                     status = stub.Status(agent_pb2.StatusRequest(), timeout=2)
                 if status.state == "Ok" and status.endpoint_states.get("ready", 0) == endpoints:
                     return
@@ -199,6 +205,11 @@ class Node:
         request = agent_pb2.ApplyRequest(documents=[document], wait=True)
         reply = self.stub("PolicyService").Apply(request, timeout=CALL_S)
         assert reply.realised
+
+
+def _stub(service: str, channel: grpc.Channel) -> Any:
+    """The stubs' types know asyncio only; a bench has no loop."""
+    return getattr(agent_pb2_grpc, f"{service}Stub")(channel)
 
 
 @contextlib.contextmanager
