@@ -151,12 +151,8 @@ def _inner_change(name: str, outer: Map, template: MapDefinition) -> Change | No
 
     The shape that an outer map was created for cannot be read back.
     """
-    used = set(_slots(outer))
+    free = next((n for n in range(outer.max_entries) if outer.inner_id(n) is None), None)
     existing = None
-    if used:
-        inner_id = outer.inner_id(min(used))
-        existing = Map.from_id(inner_id).definition if inner_id is not None else None
-    free = next((n for n in range(outer.max_entries) if n not in used), None)
     if outer.type == MapType.ARRAY_OF_MAPS and free is not None:
         sample = Map.create(
             template.type,
@@ -176,13 +172,17 @@ def _inner_change(name: str, outer: Map, template: MapDefinition) -> Change | No
             return None
         finally:
             sample.close()
-    elif existing is not None and replace(existing, max_entries=0) == replace(
-        template, max_entries=0, inner=None
-    ):
-        return None
+    for slot in _slots(outer):
+        inner_id = outer.inner_id(slot)
+        if inner_id is not None:
+            existing = Map.from_id(inner_id).definition
+            break
     if existing is None:
         return Change(name, "inner map template", template, template, True)
-    text = "inner map: " + ", ".join(_differences(existing, template))
+    differences = _differences(replace(existing, max_entries=template.max_entries), template)
+    if free is None and not differences:
+        return None  # full: no slot to ask the kernel with, so its maps are judged by
+    text = "inner map: " + (", ".join(differences) or "refused by the kernel")
     return Change(name, text, existing, template, _sizes_carriable(existing, template))
 
 

@@ -127,6 +127,15 @@ _HELPERS: Final[dict[str, bytes]] = {
 }
 
 
+def has_helper(name: str) -> bool:
+    """Whether tc programs may call it: one of the helpers probed here, by name ("bpf_...")."""
+    try:
+        load_program(_HELPERS[name]).close()
+    except BpfError:
+        return False
+    return True
+
+
 def _helper(name: str) -> str:
     load_program(_HELPERS[name]).close()
     return "a program that calls it was accepted"

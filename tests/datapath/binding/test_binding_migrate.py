@@ -95,6 +95,19 @@ def test_an_empty_outer_map_is_shared_and_kept(build: Build, bpffs: Path) -> Non
     assert pins(bpffs) == before
 
 
+def test_a_full_outer_map_is_judged_by_its_maps(build: Build, bpffs: Path) -> None:
+    with Object.open(build("plain"), pin_dir=bpffs) as obj:
+        obj.load()
+        for slot in range(8):
+            obj.map("t_outer").set_inner(slot, obj.new_inner("t_outer", "policy", 8 + slot))
+    before = pins(bpffs)
+    with Object.open(build("plain"), pin_dir=bpffs) as obj:
+        assert obj.load() == ()
+    assert pins(bpffs) == before
+    with Object.open(build("grown", "VALUE_EXTRA=1"), pin_dir=bpffs) as obj:
+        assert {m.name: m.copied for m in obj.load()}["t_outer"] == 8
+
+
 def test_grown_values_are_carried(build: Build, bpffs: Path) -> None:
     first_run(build("plain"), bpffs)
     before = pins(bpffs)

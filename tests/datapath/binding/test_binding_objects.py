@@ -305,6 +305,7 @@ def test_probe_tries_everything(need_bpf: None) -> None:
 
 
 def test_an_unknown_helper_is_seen_as_absent(need_bpf: None) -> None:
+    assert probe.has_helper("bpf_redirect_neigh")
     unknown = probe.insn(0x85, imm=9999) + probe.insn(0xB7) + probe.insn(0x95)
     with pytest.raises(BpfError, match="func"):
         probe.load_program(unknown)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cilia.bpf import btf, layout
+from cilia.bpf import btf, layout, libbpf
 from cilia.bpf.errors import BpfError, LayoutError, VerifierError
 from cilia.bpf.layout import LayoutSet
 
@@ -150,6 +150,12 @@ def test_policy_key_bits(plen: int, egress: bool) -> None:
 def test_policy_key_bits_are_bounded() -> None:
     with pytest.raises(ValueError, match="0 to 24"):
         layout.plen_egress(25, False)
+
+
+def test_a_missing_library_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libbpf, "SONAME", "libbpf-that-is-not-there.so.1")
+    with pytest.raises(BpfError, match="apt-get install libbpf1"):
+        libbpf._Lib()
 
 
 def test_errors_say_what_to_do() -> None:
