@@ -20,6 +20,10 @@ _CURES = {
     ),
     _errno.ENOMEM: "the kernel is out of memory for this process: lower the map sizes or raise the "
     "memory limit of its cgroup",
+    _errno.ENOSPC: "the kernel has no room left for it: raise the size of the map, or remove what is "
+    "not used any more",
+    _errno.E2BIG: "it is larger than the kernel takes: lower the size that was asked for",
+    _errno.EEXIST: "something of that name or place is there already: remove it, or replace it",
     _errno.ENODEV: "the network device is gone: check that its index belongs to this namespace",
 }
 
