@@ -1,9 +1,11 @@
-"""Work that may fail: named loops that run, retry and tell how they fare. The only place tasks are made.
+"""Work that may fail: named loops that run, retry and tell how they fare. The only place tasks are
+made.
 
-A `Controller` runs its function at once, again whenever triggered, and again every `resync_s`. Triggers
-coalesce: any number of them while a run is under way cause one more run. A failed run is repeated after
-n * `retry_s` for the n-th failure in a row, with jitter, at most `retry_max_s`; a trigger shortens that
-wait to `retry_s`, so news is acted upon soon and a broken dependency is not hammered.
+A `Controller` runs its function at once, again whenever triggered, and again every `resync_s`.
+Triggers coalesce: any number of them while a run is under way cause one more run. A failed run is
+repeated after n * `retry_s` for the n-th failure in a row, with jitter, at most `retry_max_s`; a
+trigger shortens that wait to `retry_s`, so news is acted upon soon and a broken dependency is not
+hammered.
 
 A plain background task that dies must take the service down: start it with `spawn`.
 """
@@ -35,10 +37,11 @@ def spawn(group: asyncio.TaskGroup, work: Coroutine[Any, Any, T], name: str) -> 
 
 
 def linear_backoff(failures: int, base_s: float, cap_s: float, jitter: float = 0.1) -> float:
-    """How long to wait after the n-th failure in a row: n * base, at most cap, +-`jitter` of itself.
+    """How long to wait after the n-th failure in a row: n * base, at most cap, +-`jitter` of
+    itself.
 
-    Linear as Cilium's controllers are; the cap and the jitter are ours, so that many nodes that lost
-    one store do not return to it in step.
+    Linear as Cilium's controllers are; the cap and the jitter are ours, so that many nodes that
+    lost one store do not return to it in step.
     """
     wait = min(failures * base_s, cap_s)
     return wait * (1 + jitter * random.uniform(-1, 1))
@@ -91,9 +94,9 @@ def _ago(now_s: float, then_s: float) -> str:
 class Controller:
     """One named function kept done.
 
-    `min_interval_s` is the least time between the starts of two runs. `resync_s` counts from the end of
-    a successful run; None runs only when triggered. `timeout_s` limits a run. `on_stop` runs when the
-    controller is stopped, after a run under way was cancelled.
+    `min_interval_s` is the least time between the starts of two runs. `resync_s` counts from the
+    end of a successful run; None runs only when triggered. `timeout_s` limits a run. `on_stop` runs
+    when the controller is stopped, after a run under way was cancelled.
     """
 
     def __init__(

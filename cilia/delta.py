@@ -1,9 +1,9 @@
 """Desired against actual content of a bulk store, and what must be done to make them equal.
 
-Pure: no I/O, no clock. Both sides may change at any time and in any order; the pending sets are kept
-as the changes come, so asking what is pending costs nothing and a flush costs as much as differs.
-After a restart the store's content is read back into `replace_actual`, and only the difference from
-the freshly calculated desired state is written.
+Pure: no I/O, no clock. Both sides may change at any time and in any order; the pending sets are
+kept as the changes come, so asking what is pending costs nothing and a flush costs as much as
+differs. After a restart the store's content is read back into `replace_actual`, and only the
+difference from the freshly calculated desired state is written.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ V = TypeVar("V")
 class DeltaTracker(Generic[K, V]):
     """Keeps the desired and the actual content of one store.
 
-    `equal` says whether an actual value needs no update to be the desired one; give one that ignores
-    what the store itself counts or stamps.
+    `equal` says whether an actual value needs no update to be the desired one; give one that
+    ignores what the store itself counts or stamps.
     """
 
     __slots__ = ("_actual", "_deletes", "_desired", "_equal", "_updates")
@@ -43,7 +43,9 @@ class DeltaTracker(Generic[K, V]):
 
     @property
     def pending_updates(self) -> Mapping[K, V]:
-        """Keys to write, with the desired value. A live view: copy it before iterating and applying."""
+        """Keys to write, with the desired value. A live view: copy it before iterating and
+        applying.
+        """
         return MappingProxyType(self._updates)
 
     @property

@@ -1,8 +1,8 @@
 """Errors that an operator can act on, as values: what went wrong, of which kind, and the cure.
 
-Domain code raises a subclass of `DomainError` named for the fact (`EndpointNotFound`). The class says
-its `kind`; the gRPC edge turns the kind into a status code and back, so nothing below the edge knows
-about gRPC. What is not a `DomainError` is a programmer error and is reported as one.
+Domain code raises a subclass of `DomainError` named for the fact (`EndpointNotFound`). The class
+says its `kind`; the gRPC edge turns the kind into a status code and back, so nothing below the edge
+knows about gRPC. What is not a `DomainError` is a programmer error and is reported as one.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class FaultLike(Protocol):
 class DomainError(Exception):
     """Base of the errors that callers are expected to meet.
 
-    `message` names the thing and the fact in one line; `cure` says what to do about it; `faults` lists
-    every fault of a refused document.
+    `message` names the thing and the fact in one line; `cure` says what to do about it; `faults`
+    lists every fault of a refused document.
     """
 
     default_kind: ClassVar[Kind] = Kind.INTERNAL

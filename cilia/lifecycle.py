@@ -1,11 +1,12 @@
 """Start, run and stop of a service.
 
-Parts start in the order in which they were added and stop in the reverse one. Before the first part is
-stopped the `on_stopping` callbacks run, so that health says NOT_SERVING while everything still works.
-SIGTERM and SIGINT ask for a stop; a second one ends the process at once.
+Parts start in the order in which they were added and stop in the reverse one. Before the first part
+is stopped the `on_stopping` callbacks run, so that health says NOT_SERVING while everything still
+works. SIGTERM and SIGINT ask for a stop; a second one ends the process at once.
 
-All parts are started and stopped in one task, inside one root `TaskGroup`: a background task that dies
-cancels that task, so the parts are still stopped in order, and the service exits with an error.
+All parts are started and stopped in one task, inside one root `TaskGroup`: a background task that
+dies cancels that task, so the parts are still stopped in order, and the service exits with an
+error.
 """
 
 from __future__ import annotations

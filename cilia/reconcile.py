@@ -1,12 +1,15 @@
-"""Reconcilers: keep one real thing equal to a table of desired rows, and say of each row how it stands.
+"""Reconcilers: keep one real thing equal to a table of desired rows, and say of each row how it
+stands.
 
-A reconciler has three operations, all idempotent: `update(row)`, `delete(row)` and `prune(rows)`, which
-removes what no row wants. Deleting what is absent is success. Every row has a status, Pending, Done or
-Error with a message, in a table of its own (`statuses`), so that "why is it not applied?" is a query.
-A row that failed is tried again after n * `retry_s` for its n-th failure, at most `retry_max_s`.
+A reconciler has three operations, all idempotent: `update(row)`, `delete(row)` and `prune(rows)`,
+which removes what no row wants. Deleting what is absent is success. Every row has a status,
+Pending, Done or Error with a message, in a table of its own (`statuses`), so that "why is it not
+applied?" is a query. A row that failed is tried again after n * `retry_s` for its n-th failure, at
+most `retry_max_s`.
 
-Nothing is pruned before the desired table is synced: what an earlier run left must keep working until
-we know that nobody wants it. `resync_s` repeats every update and the prune, against meddling by others.
+Nothing is pruned before the desired table is synced: what an earlier run left must keep working
+until we know that nobody wants it. `resync_s` repeats every update and the prune, against meddling
+by others.
 
        desired ReadTable --changes--> flush(): update_batch -> delete_batch -> prune
                                          |
@@ -47,8 +50,8 @@ class State(enum.Enum):
 class RowStatus(Generic[K]):
     """How one desired row stands.
 
-    `revision` is the desired table's revision that the state speaks of. A deleted row keeps a status
-    until its deletion is done. `attempts` counts the failures in a row.
+    `revision` is the desired table's revision that the state speaks of. A deleted row keeps a
+    status until its deletion is done. `attempts` counts the failures in a row.
     """
 
     key: K

@@ -1,8 +1,8 @@
 """Files that survive a crash, and directories that have one owner.
 
-`write` leaves either the old or the new content, whole, whatever happens: the data goes to a temporary
-file beside the target, is synced, renamed over it, and the directory is synced. What a crash leaves
-behind is a `.name.*.tmp` file, which `sweep` removes.
+`write` leaves either the old or the new content, whole, whatever happens: the data goes to a
+temporary file beside the target, is synced, renamed over it, and the directory is synced. What a
+crash leaves behind is a `.name.*.tmp` file, which `sweep` removes.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def remove(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a damaged file to `<name>.damaged-N`, never over an older one; returns the new path."""
+    """Renames a damaged file to `<name>.damaged-N`, a new name each time; returns the new path."""
     number = 1
     while True:
         target = path.with_name(f"{path.name}.damaged-{number}")
@@ -173,8 +173,8 @@ def sweep(directory: Path) -> int:
 class DirectoryLock:
     """Exclusive ownership of a directory, for as long as the process lives.
 
-    The lock is the kernel's (flock on `<directory>/lock`), so a killed owner leaves none. The file holds
-    the owner's pid and name, for the message that the second one is refused with.
+    The lock is the kernel's (flock on `<directory>/lock`), so a killed owner leaves none. The file
+    holds the owner's pid and name, for the message that the second one is refused with.
     """
 
     def __init__(self, directory: Path, *, owner: str) -> None:

@@ -1,12 +1,13 @@
 """Tables: the state that one part of a service owns and others read, index and watch.
 
-A `Table` holds frozen rows by key. Every change takes the next revision; writing an equal row changes
-nothing. The owner keeps the `Table`; everybody else is handed `table.reader()`, which cannot write.
+A `Table` holds frozen rows by key. Every change takes the next revision; writing an equal row
+changes nothing. The owner keeps the `Table`; everybody else is handed `table.reader()`, which
+cannot write.
 
 Watchers hold no queue. A watcher remembers the revision that it has seen and is given, for each key
 that changed since, its newest row only; so a slow watcher costs no memory and never falls behind by
-more than one change a key. Deleted keys are remembered as tombstones, the newest `tombstones` of them;
-a watcher that slept past the oldest is given the whole table again, marked `reset`.
+more than one change a key. Deleted keys are remembered as tombstones, the newest `tombstones` of
+them; a watcher that slept past the oldest is given the whole table again, marked `reset`.
 
 All of it runs on one event loop's thread; the writing methods never block and never await.
 """
@@ -324,7 +325,7 @@ class Table(ReadTable[K, R]):
         return row
 
     def replace_all(self, rows: Iterable[R]) -> int:
-        """Makes `rows` the whole content, touching only what differs; returns how many keys changed."""
+        """Makes `rows` the whole content, touching what differs; returns how many keys changed."""
         wanted = {self._core.key(row): row for row in rows}
         changed = 0
         for key in [key for key in self._core.rows if key not in wanted]:

@@ -1,6 +1,7 @@
 """Links, addresses, routes and neighbours of one network namespace.
 
-A `Network` is one netlink socket in one namespace: open it, use it from one thread at a time, close it.
+A `Network` is one netlink socket in one namespace: open it, use it from one thread at a time, close
+it.
 
     with Network() as host, Network(netns) as workload:
         pair = host.ensure_veth("cil00042", workload, "eth0", mtu=1500)
@@ -232,7 +233,7 @@ class Network:
         peer_mac: str | None = None,
         up: bool = True,
     ) -> VethPair:
-        """A veth pair with one end here and the other in `peer`'s namespace (which may be this one).
+        """A veth pair, one end here and the other in `peer`'s namespace (which may be this one).
 
         An existing pair of these names is adjusted. A host end of our name whose other end is not
         where it should be is left from a namespace that was replaced, and is made anew. `up` sets

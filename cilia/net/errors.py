@@ -33,7 +33,7 @@ class InterfaceGone(DomainError):
 
 
 class NetworkError(DomainError):
-    """The kernel refused a change; the message names the thing, the kernel's reason and its errno."""
+    """The kernel refused a change; the message names the thing and the kernel's reason."""
 
     default_kind = Kind.PRECONDITION
 

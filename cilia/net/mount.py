@@ -90,7 +90,8 @@ def find_cgroup2(mountinfo: Path = Path("/proc/self/mountinfo")) -> Path:
     """The mount point of cgroup2: its root if it is mounted more than once. Raises MountError."""
     found: list[tuple[int, str]] = []
     for line in mountinfo.read_text().splitlines():
-        # "36 35 98:0 /root /mount/point options [optional ...] - type source superoptions" (proc(5))
+        # "36 35 98:0 /root /mount/point options [optional ...] - type source superoptions"
+        # (proc(5))
         before, _, after = line.partition(" - ")
         words, kind = before.split(), after.split(maxsplit=1)[:1]
         if kind == ["cgroup2"] and len(words) >= 5:

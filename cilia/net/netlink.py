@@ -3,9 +3,9 @@
     struct nlmsghdr  len:u32 type:u16 flags:u16 seq:u32 pid:u32     then the family's own header,
     struct nlattr    len:u16 type:u16 payload, padded to 4          then attributes, which may nest
 
-Our own few lines instead of pyroute2, which adds 14 MB and 0.1 s to every process that imports it and
-runs an event loop of its own behind each blocking call (docs/adr). Everything is in host byte order,
-addresses are in network order (linux/rtnetlink.h, linux/if_link.h).
+Our own few lines instead of pyroute2, which adds 14 MB and 0.1 s to every process that imports it
+and runs an event loop of its own behind each blocking call. Everything is in host byte
+order, addresses are in network order (linux/rtnetlink.h, linux/if_link.h).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Network namespaces: opened by path or pid, checked, and entered by threads that do not come back.
 
-setns(2) changes the calling thread only. `in_netns` therefore runs its function in a thread made for
-it, which ends afterwards: no thread that others use is ever in a foreign namespace. A socket made in a
-namespace belongs to it for good, so most work needs the namespace only for a moment.
+setns(2) changes the calling thread only. `in_netns` therefore runs its function in a thread made
+for it, which ends afterwards: no thread that others use is ever in a foreign namespace. A socket
+made in a namespace belongs to it for good, so most work needs the namespace only for a moment.
 """
 
 from __future__ import annotations

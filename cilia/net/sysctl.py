@@ -25,8 +25,8 @@ WORKLOAD: Final[Mapping[str, str]] = {
     "ipv6/autoconf": "0",
 }
 
-# For the host's end: replies may come by another device than the route back, and the source check is
-# the eBPF program's. The kernel uses the greater of conf/all and conf/DEVICE of rp_filter.
+# For the host's end: replies may come by another device than the route back, and the source check
+# is the eBPF program's. The kernel uses the greater of conf/all and conf/DEVICE of rp_filter.
 HOST_SIDE: Final[Mapping[str, str]] = {
     "ipv4/rp_filter": "0",
     "ipv4/forwarding": "1",
@@ -44,8 +44,8 @@ HOST_SIDE: Final[Mapping[str, str]] = {
 def set_device(device: str, values: Mapping[str, str], *, netns: NetNS | None = None) -> None:
     """Sets `family/name` to a value for one device; only what differs is written.
 
-    A family that the kernel does not have (IPv6 switched off) is passed over. Raises InterfaceGone or
-    NetworkError.
+    A family that the kernel does not have (IPv6 switched off) is passed over. Raises InterfaceGone
+    or NetworkError.
     """
     where = "" if netns is None else f" in {netns.name}"
 

@@ -1,7 +1,7 @@
 """What changes among links, addresses and routes, as it happens.
 
-Netlink multicast is best effort: when its buffer overflows the kernel says so (ENOBUFS) and the batch
-is marked `overrun`, which means: look at everything again.
+Netlink multicast is best effort: when its buffer overflows the kernel says so (ENOBUFS) and the
+batch is marked `overrun`, which means: look at everything again.
 """
 
 from __future__ import annotations

@@ -163,7 +163,9 @@ class Channel:
 
 
 def connect(socket: Path, *, service: str, deadline_s: float = DEADLINE_S) -> grpc.aio.Channel:
-    """A channel for generated stubs; connects on first use. It is a `Channel` (also a lifecycle part)."""
+    """A channel for generated stubs; connects on first use. It is a `Channel` (also a lifecycle
+    part).
+    """
     return cast(grpc.aio.Channel, Channel(socket, service=service, deadline_s=deadline_s))
 
 

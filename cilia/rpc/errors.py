@@ -75,7 +75,8 @@ class RpcError(DomainError):
 def to_status(error: DomainError) -> status_pb2.Status:
     """The error as a google.rpc.Status.
 
-    When all faults do not fit into a header, the first ones do, and the message says how many there are.
+    When all faults do not fit into a header, the first ones do, and the message says how many there
+    are.
     """
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)
     if error.cure:

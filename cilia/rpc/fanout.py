@@ -1,7 +1,7 @@
 """One producer, many subscribers, none of whom may cost unbounded memory or slow the others.
 
-Each subscriber has a queue of bounded weight. When an item does not fit, the oldest queued items are
-given up and counted; the subscriber is told with its next batch how much it lost before it.
+Each subscriber has a queue of bounded weight. When an item does not fit, the oldest queued items
+are given up and counted; the subscriber is told with its next batch how much it lost before it.
 
     publish(item) ──▶ [subscriber queue <= capacity] ──▶ async for Delivery(items, lost)
 """
@@ -48,7 +48,7 @@ class Subscription(Generic[T]):
         return self
 
     async def __anext__(self) -> Delivery[T]:
-        """Waits for something to deliver; ends when the fan-out is closed and the queue is empty."""
+        """Waits for something to deliver; ends when the fan-out is closed and nothing is left."""
         while not self._queue and not self._lost:
             if self._closed:
                 raise StopAsyncIteration
@@ -95,7 +95,7 @@ class BoundedFanout(Generic[T]):
         return len(self._subscriptions)
 
     def subscribe(self, *, capacity: int | None = None) -> Subscription[T]:
-        """Starts a queue; use it as a context manager. Only what is published from now on arrives."""
+        """Starts a queue, a context manager. Only what is published from now on arrives."""
         subscription = Subscription(self, capacity or self._capacity)
         if self._closed:
             subscription._close()

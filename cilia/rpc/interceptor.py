@@ -130,7 +130,7 @@ class _Record:
         )
 
     async def fail(self, error: BaseException, *, expired: bool) -> None:
-        """Answers with the error's status (by raising grpc's abort), or returns to have it raised."""
+        """Answers with the error's status by raising grpc's abort, or returns to have it raised."""
         if isinstance(error, grpc.aio.AbortError):  # the handler has answered already
             self.finish("ABORTED_BY_HANDLER")
             return

@@ -1,9 +1,9 @@
 """A gRPC server on a unix socket, as a lifecycle part, with health, reflection and readable errors.
 
 The socket is root's and, where the group `cilia` exists, that group's: who may connect may do
-everything. The directory is created 0750, the socket is bound 0600 and then opened to the group, so at
-no moment can anybody else connect. A socket file that nobody listens on is left from a killed process
-and is replaced; a live one is refused, with the pid of its owner.
+everything. The directory is created 0750, the socket is bound 0600 and then opened to the group, so
+at no moment can anybody else connect. A socket file that nobody listens on is left from a killed
+process and is replaced; a live one is refused, with the pid of its owner.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class SocketUnusable(PreconditionError):
 
 
 class Server:
-    """Serves `services`, each the `add_XServicer_to_server` of generated code bound to its servicer:
-    `lambda server: add_EndpointServiceServicer_to_server(servicer, server)`.
+    """Serves `services`, each the `add_XServicer_to_server` of generated code bound to its
+    servicer: `lambda server: add_EndpointServiceServicer_to_server(servicer, server)`.
 
-    It starts NOT_SERVING; call `set_serving(True)` when the service is ready and `set_serving(False)`
-    when it begins to stop (`lifecycle.on_ready`, `on_stopping`).
+    It starts NOT_SERVING; call `set_serving(True)` when the service is ready and
+    `set_serving(False)` when it begins to stop (`lifecycle.on_ready`, `on_stopping`).
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class Server:
             (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         await self._publish_health()
-        # The runtime binds here and now. The umask is the process's, but nothing else runs meanwhile.
+        # The runtime binds here and now. The umask is the process's, but nothing else runs
+        # meanwhile.
         old_umask = os.umask(0o177)
         try:
             server.add_insecure_port(f"unix:{self.socket}")
@@ -130,8 +131,14 @@ class Server:
         finally:
             os.umask(old_umask)
         if gid is not None:
-            os.chown(self.socket, -1, gid)
-            self.socket.chmod(0o660)
+            try:
+                os.chown(self.socket, -1, gid)
+                self.socket.chmod(0o660)
+            except PermissionError:  # not root, and not of the group: it stays ours alone
+                log.warning(
+                    "The socket could not be given to its group.",
+                    **{fields.SOCKET: str(self.socket)},
+                )
         status = self.socket.stat()
         self._inode = (status.st_dev, status.st_ino)
         await server.start()

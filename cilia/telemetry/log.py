@@ -1,8 +1,8 @@
 """Logs: a constant sentence in the past tense, plus fields named in fields.py.
 
 On a terminal the lines are for people; otherwise each is one JSON object whose keys come in a fixed
-order: time, level, service, msg, then the event's own. What the standard library's loggers say (grpc,
-asyncio) comes out in the same shape.
+order: time, level, service, msg, then the event's own. What the standard library's loggers say
+(grpc, asyncio) comes out in the same shape.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prometheus metrics: one registry, checked names, and an exposition for a scraper or for curl.
 
-Names are `cilia_<subsystem>_<noun>_<unit>`; each subsystem declares its own in its `metrics.py`. Labels
-are bounded: never an address, an identity or a name that a user chose.
+Names are `cilia_<subsystem>_<noun>_<unit>`; each subsystem declares its own in its `metrics.py`.
+Labels are bounded: never an address, an identity or a name that a user chose.
 """
 
 from __future__ import annotations

@@ -33,6 +33,15 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"
 _number = itertools.count(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sweep() -> None:
+    """Removes the namespaces of runs that were killed."""
+    for path in Path("/run/netns").glob("cilt-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            subprocess.run(["ip", "netns", "del", path.name], check=False, capture_output=True)
+
+
 @pytest.fixture
 def new_netns() -> Iterator[Callable[[], str]]:
     """Makes namespaces that are removed afterwards; returns their names."""
@@ -219,15 +228,17 @@ def test_a_working_endpoint(node: NetNS, workload: NetNS) -> None:
                 sock.settimeout(5)
                 return sock
 
-            with in_netns(workload, listen) as server:
-                with in_netns(node, lambda f=family: socket.socket(f, socket.SOCK_DGRAM)) as client:
-                    client.settimeout(5)
-                    client.sendto(b"hello", (own, 5000))
-                    data, source = server.recvfrom(100)
-                    assert data == b"hello"
-                    assert source[0] == router  # the route's source address
-                    server.sendto(b"world", source)
-                    assert client.recv(100) == b"world"
+            with (
+                in_netns(workload, listen) as server,
+                in_netns(node, lambda f=family: socket.socket(f, socket.SOCK_DGRAM)) as client,
+            ):
+                client.settimeout(5)
+                client.sendto(b"hello", (own, 5000))
+                data, source = server.recvfrom(100)
+                assert data == b"hello"
+                assert source[0] == router  # the route's source address
+                server.sendto(b"world", source)
+                assert client.recv(100) == b"world"
         neighbours = host.neighbours("cil00042")
         assert {str(n.address) for n in neighbours if n.permanent} == {"10.217.0.5", "fd00:c111::5"}
         ours = [r for r in host.routes() if r.protocol == ROUTE_PROTOCOL]

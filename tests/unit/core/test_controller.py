@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -29,9 +28,9 @@ class Work:
 
 
 @pytest.fixture
-async def controllers() -> AsyncIterator[ControllerSet]:
-    # Not a context around the yield: pytest-asyncio may enter and leave it in different tasks.
-    yield ControllerSet()
+def controllers() -> ControllerSet:
+    # Entered by the tests: a task group must be left by the task that entered it.
+    return ControllerSet()
 
 
 async def test_runs_at_once_and_when_triggered(controllers: ControllerSet) -> None:

@@ -1,5 +1,7 @@
 """Real servers and clients on unix sockets: errors, deadlines, health, reflection, permissions."""
 
+# ruff: noqa: ASYNC240 -- nothing else runs on the loop while a test looks at a file
+
 from __future__ import annotations
 
 import asyncio
@@ -138,9 +140,14 @@ async def test_streams_map_errors_too(path: Path) -> None:
     async with serving(path), Channel(path, service="agent") as channel:
         stub = agent_pb2_grpc.MonitorServiceStub(channel)  # type: ignore[arg-type]
         seen = 0
-        with pytest.raises(RpcError, match="it went away") as caught:
+
+        async def read_all() -> None:
+            nonlocal seen
             async for _ in stub.Monitor(agent_pb2.MonitorRequest()):
                 seen += 1
+
+        with pytest.raises(RpcError, match="it went away") as caught:
+            await read_all()
         assert seen == 2
         assert caught.value.kind is Kind.NOT_FOUND
         call = stub.Events(agent_pb2.EventsRequest())
@@ -150,14 +157,14 @@ async def test_streams_map_errors_too(path: Path) -> None:
 
 
 async def test_the_servers_own_limit_ends_a_call_without_deadline(path: Path) -> None:
-    async with serving(path, unary_limit_s=0.05):
-        async with grpc.aio.insecure_channel(f"unix:{path}") as raw:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await agent_pb2_grpc.EndpointServiceStub(raw).Get(
-                    agent_pb2.EndpointRef(name="slow")
-                )
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert "did not finish within" in caught.value.details()
+    async with (
+        serving(path, unary_limit_s=0.05),
+        grpc.aio.insecure_channel(f"unix:{path}") as raw,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await agent_pb2_grpc.EndpointServiceStub(raw).Get(agent_pb2.EndpointRef(name="slow"))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "did not finish within" in caught.value.details()
 
 
 async def test_the_clients_default_deadline(path: Path) -> None:
