@@ -20,7 +20,7 @@ _CURES = {
     ),
     _errno.ENOMEM: "the kernel is out of memory for this process: lower the map sizes or raise the "
     "memory limit of its cgroup",
-    _errno.ENOSPC: "the kernel has no room left for it: raise the size of the map, or remove what is "
+    _errno.ENOSPC: "the kernel has no room left for it: raise the map's size, or remove what is "
     "not used any more",
     _errno.E2BIG: "it is larger than the kernel takes: lower the size that was asked for",
     _errno.EEXIST: "something of that name or place is there already: remove it, or replace it",
