@@ -64,6 +64,14 @@ def fill(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path, count: int) -> None:
+    os.truncate(path, path.stat().st_size - count)
+
+
 # Durability
 
 
@@ -284,7 +292,7 @@ async def test_databases_of_others_and_of_the_future_are_refused(path: Path) -> 
     other.close()
     with pytest.raises(StoreDamaged, match="not a store of ours"):
         await open_store(path)
-    os.unlink(path)
+    remove(path)
     await (await open_store(path)).close()
     with sqlite3.connect(path) as newer:
         newer.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
@@ -378,7 +386,7 @@ async def test_a_bad_backup_changes_nothing(path: Path, tmp_path: Path) -> None:
     await damaged_store(path, lambda p: None)
     copy = tmp_path / "copy.sqlite"
     shutil.copyfile(path, copy)
-    os.truncate(copy, path.stat().st_size - 5000)
+    cut(copy, 5000)
     before = fingerprint(path.parent)
     with pytest.raises(StoreDamaged):
         restore(copy, path)
