@@ -34,7 +34,9 @@ HANDLED = _metrics.counter(
 _FOREVER_S: Final = 1e8
 
 
-class _DeadlineExceeded(DomainError):
+class DeadlineExceeded(DomainError):
+    """The call outlived its deadline here."""
+
     default_kind = Kind.DEADLINE
 
 
@@ -136,7 +138,7 @@ class _Record:
             return
         if expired and isinstance(error, TimeoutError):
             elapsed_s = time.monotonic() - self._started
-            error = _DeadlineExceeded(f"the call did not finish within {elapsed_s:.3g} s")
+            error = DeadlineExceeded(f"the call did not finish within {elapsed_s:.3g} s")
         if isinstance(error, DomainError):
             if error.kind is Kind.INTERNAL:
                 self._log_bug(error)
