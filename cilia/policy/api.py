@@ -416,7 +416,7 @@ class Document:
             "origin": [self.origin.line, self.origin.column],
             "origins": {path: [o.line, o.column] for path, o in self.origins},
         }
-        head = json.dumps(envelope, separators=(",", ":"), ensure_ascii=False)
+        head = json.dumps(envelope, separators=(",", ":"))
         return b'%s,"body":%s}' % (head[:-1].encode(), self.body)
 
     @staticmethod

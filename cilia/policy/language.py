@@ -327,7 +327,7 @@ _TLS: Final = Object(
 
 
 def _build_fqdn(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
-    if ("matchName" in v) == ("matchPattern" in v):
+    if ("matchName" in node.value) == ("matchPattern" in node.value):
         c.fault(path, node, "needs either matchName or matchPattern")
     return v
 
@@ -1146,9 +1146,7 @@ def _text(node: Node, key: str) -> str:
 
 
 def _body(plain: Any) -> bytes:
-    return json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    return json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _rules(node: Node, kind: str, namespace: str | None, c: Checking) -> tuple[Rule, ...]:
@@ -1218,7 +1216,8 @@ def parse_documents(
         reader.faults.append(Fault("document", "", "there is no document", Origin(source)))
     warnings = tuple(reader.warnings)
     if reader.faults:
-        return ParseResult(faults=tuple(reader.faults), warnings=warnings)
+        found = sorted(reader.faults, key=lambda x: (x.origin.line, x.origin.column))
+        return ParseResult(faults=tuple(found), warnings=warnings)
     return ParseResult(documents=tuple(reader.documents), warnings=warnings)
 
 

@@ -102,6 +102,7 @@ class _NotJsonError(TreeError):
 
 
 _WHITESPACE: Final = re.compile(r"[ \t\n\r]*")
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _scanstring: Final[Callable[[str, int, bool], tuple[str, int]]] = json.decoder.scanstring  # type: ignore[attr-defined]  # not in the stubs, public in the module
 
@@ -135,6 +136,8 @@ class _JsonReader:
             text, end = _scanstring(self.text, at + 1, True)
         except json.JSONDecodeError as error:
             raise self.fail(error.msg, error.pos) from None
+        if _SURROGATE.search(text):
+            raise TreeError("a lone surrogate is no character", *self.place(at))
         return text, end
 
     def value(self, at: int, depth: int) -> tuple[Node, int]:
@@ -219,7 +222,10 @@ def _number(text: str, line: int, column: int) -> int | float:
 # ---- YAML
 
 # The core schema of YAML 1.2: `yes`, `on` and `0777` are text, unlike in YAML 1.1.
-_YAML_INT: Final = re.compile(r"[-+]?[0-9]+\Z")
+# An integer with a leading zero is octal to readers of YAML 1.1, decimal to those of 1.2: it stays
+# text, for the field to judge.
+_YAML_INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_YAML_ZERO: Final = re.compile(r"[-+]?0[0-9]+\Z")
 _YAML_RADIX: Final = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
 _YAML_FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _YAML_WORDS: Final[dict[str, Scalar]] = {
@@ -232,6 +238,8 @@ _YAML_WORDS: Final[dict[str, Scalar]] = {
 def _plain_scalar(text: str, line: int, column: int) -> Scalar:
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
+    if _YAML_ZERO.match(text):
+        return text
     if _YAML_INT.match(text) or _YAML_FLOAT.match(text):
         return _number(text, line, column)
     if len(text) <= 20 and _YAML_RADIX.match(text):
@@ -329,6 +337,8 @@ class _YamlReader:
         return node, size
 
     def scalar(self, event: Any, line: int, column: int) -> Scalar:
+        if _SURROGATE.search(event.value):
+            raise TreeError("a lone surrogate is no character", line, column)
         tag = str(event.tag) if event.tag is not None else None
         if tag in (None, "None", "!"):
             plain = event.style is None or event.style == ""

@@ -1,8 +1,8 @@
 """A second opinion about policy: slow, plain, and written without looking at the engine.
 
-It reads documents as mappings (what JSON gives), walks every rule of every document for every question, and
-keeps nothing. It shares no code with cilia.policy; where both are wrong alike, both were misread from the
-language's description. Labels are strings, `source:key=value`.
+It reads documents as mappings (what JSON gives), walks every rule of every document for every
+question, and keeps nothing. It shares no code with cilia.policy; where both are wrong alike, both
+were misread from the language's description. Labels are strings, `source:key=value`.
 """
 
 from __future__ import annotations

@@ -96,7 +96,18 @@ selectors = st.one_of(
 )
 prefixes = st.sampled_from(PREFIXES)
 entities = st.sampled_from(
-    "host remote-node world world-ipv4 world-ipv6 cluster init health all none".split()
+    [
+        "host",
+        "remote-node",
+        "world",
+        "world-ipv4",
+        "world-ipv6",
+        "cluster",
+        "init",
+        "health",
+        "all",
+        "none",
+    ]
 )
 
 

@@ -1,0 +1,240 @@
+"""Whatever is fed to the parser, it answers with documents or faults, and soon."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cilia.policy import Document, DocumentError, ParseResult, parse_documents
+from cilia.policy.tree import MAX_DEPTH
+
+EXAMPLES = int(os.environ.get("CILIA_PROPERTY_EXAMPLES", "300"))
+fuzz = settings(max_examples=EXAMPLES, deadline=None)
+
+GOOD = """\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: p, namespace: x}
+spec:
+  endpointSelector: {matchLabels: {app: a}}
+  ingress:
+  - fromEndpoints: [{matchExpressions: [{key: b, operator: In, values: [c]}]}]
+    toPorts:
+    - ports: [{port: "80", protocol: TCP, endPort: 90}]
+  egress:
+  - toCIDRSet: [{cidr: 10.0.0.0/8, except: [10.1.0.0/16]}]
+  egressDeny:
+  - toEntities: [world]
+    icmps: [{fields: [{type: 8}]}]
+"""
+
+
+def check(text: bytes | str) -> ParseResult:
+    result = parse_documents(text, source="fuzz")
+    assert bool(result.faults) != bool(result.documents)
+    for fault in (*result.faults, *result.warnings):
+        assert fault.message
+        assert str(fault)
+    for document in result.documents:
+        again = Document.from_json(document.to_json())
+        assert again == document
+        assert again.rules == document.rules
+        assert again.to_json() == document.to_json()
+    return result
+
+
+@fuzz
+@given(st.binary(max_size=200))
+def test_bytes(data: bytes) -> None:
+    check(data)
+
+
+@fuzz
+@given(st.text(alphabet="{}[]:,-?&*!|>'\"%@`#<~= \n\tab10x.\\\ud800\u0085\ufeff", max_size=60))
+def test_yaml_indicators(text: str) -> None:
+    check(text)
+
+
+@fuzz
+@given(st.integers(0, len(GOOD)), st.integers(0, 12), st.text(max_size=6))
+def test_a_good_document_damaged(at: int, cut: int, put: str) -> None:
+    check(GOOD[:at] + put + GOOD[at + cut :])
+
+
+FIELDS = [
+    "apiVersion",
+    "kind",
+    "metadata",
+    "name",
+    "namespace",
+    "spec",
+    "specs",
+    "rules",
+    "items",
+    "endpointSelector",
+    "nodeSelector",
+    "matchLabels",
+    "matchExpressions",
+    "key",
+    "operator",
+    "values",
+    "ingress",
+    "egress",
+    "ingressDeny",
+    "egressDeny",
+    "fromEndpoints",
+    "toEndpoints",
+    "fromCIDR",
+    "toCIDRSet",
+    "cidr",
+    "except",
+    "fromEntities",
+    "toFQDNs",
+    "matchName",
+    "toServices",
+    "toPorts",
+    "ports",
+    "port",
+    "endPort",
+    "protocol",
+    "rules",
+    "http",
+    "dns",
+    "kafka",
+    "l7",
+    "l7proto",
+    "icmps",
+    "fields",
+    "family",
+    "type",
+    "fromRequires",
+    "enableDefaultDeny",
+    "labels",
+    "description",
+    "authentication",
+    "mode",
+    "status",
+]
+words = st.sampled_from(
+    [
+        *[
+            "cilium.io/v2",
+            "CiliumNetworkPolicy",
+            "CiliumClusterwideNetworkPolicy",
+            "Rules",
+            "List",
+            "In",
+        ],
+        *[
+            "p",
+            "default",
+            "app=a",
+            "k8s:a",
+            "80",
+            "TCP",
+            "http",
+            "10.0.0.0/8",
+            "::/0",
+            "all",
+            "IPv4",
+            "8",
+            "required",
+            "k8s:",
+            "(",
+        ],
+        "",
+    ]
+)
+leaves = st.one_of(st.none(), st.booleans(), st.integers(-1, 70000), st.floats(), words, st.text())
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5)
+    ),
+    max_leaves=25,
+)
+
+
+@fuzz
+@given(values)
+def test_json_of_the_language(value: object) -> None:
+    check(json.dumps(value))
+
+
+@fuzz
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), values, max_size=6),
+    st.sampled_from(["CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy", "Rules"]),
+)
+def test_rules_of_the_language(rule: dict[str, object], kind: str) -> None:
+    body = {"apiVersion": "cilium.io/v2", "kind": kind, "metadata": {"name": "p"}}
+    check(json.dumps({**body, "spec": {"endpointSelector": {}, **rule}}))
+    check(json.dumps([{"endpointSelector": {}, **rule}]))
+
+
+@fuzz
+@given(st.one_of(st.binary(max_size=80), values.map(lambda v: json.dumps(v).encode())))
+def test_stored_bytes(data: bytes) -> None:
+    with contextlib.suppress(DocumentError):
+        Document.from_json(data)
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+LOOP = "a: &a\n  b: *a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases expand"),
+        (LOOP, "no anchor"),
+        ("[" * 100_000, "nested deeper"),
+        ("{a: " * 50_000, "nested deeper|invalid"),
+        ("- " * 50_000, "nested deeper"),
+        ("? " * 20_000, "nested deeper|invalid"),
+        ('{"a":' * 20_000, "nested deeper"),
+        ("&a " * 50_000, "invalid YAML"),
+        ("a: 1\na: 2\n", "given twice"),
+        ('{"a": 1, "a": 2}', "given twice"),
+        ("a: !!python/object:os.system x\n", "tag"),
+        ("a: " + "9" * 5000, "longer than 40"),
+        ("x" * (5 << 20), "longer than 4 MiB"),
+        (b"\xff\xfe", "not UTF-8"),
+        ("", "no document"),
+        ("---\n---\n", "no document"),
+        ("%YAML 9.9\n--- x\n", "."),
+        ("a: *b\n", "no anchor"),
+        ("'" * 10_001, "invalid YAML|must be a mapping"),
+        ("<<: {a: b}\n", "merge keys"),
+        ("? [a]\n: b\n", "key must be text"),
+    ],
+    ids=lambda x: repr(x[:16]) if isinstance(x, bytes | str) else "",
+)
+def test_bombs(text: str | bytes, message: str) -> None:
+    began = time.process_time()
+    result = parse_documents(text, source="bomb")
+    assert time.process_time() - began < 5
+    assert not result.documents
+    assert len(result.faults) == 1
+    assert re.search(message, result.faults[0].message)
+
+
+def test_depth_that_is_allowed() -> None:
+    nested = "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)
+    result = parse_documents(nested, source="deep")
+    assert "must be a mapping" in result.faults[0].message
+
+
+def test_ten_thousand_faults_are_reported_in_bounded_number() -> None:
+    rules = ",".join(['{"endpointSelector":{"x":1}}'] * 5000)
+    result = parse_documents(f"[{rules}]", source="many")
+    assert 0 < len(result.faults) <= 200
