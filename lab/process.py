@@ -141,6 +141,23 @@ def send(process: Process, number: signal.Signals) -> bool:
     return True
 
 
+def wait_gone(process: Process, timeout_s: float) -> bool:
+    """Wait until exactly this process has ended; False when it has not in time."""
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if start_ticks(process.pid) == process.start_ticks:
+            poll.poll(timeout_s * 1000)
+    finally:
+        os.close(fd)
+    reap()
+    return not alive(process)
+
+
 def kill_all(pids: Iterable[int], *, timeout_s: float) -> list[int]:
     """SIGKILL processes and wait until they are gone; returns those that are not.
 

@@ -71,7 +71,9 @@ def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
 
 def environment(extra: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """For services and workloads: our Python first, our packages importable, no byte code left."""
-    keep = {key: os.environ[key] for key in ("LANG", "TERM", "HOME") if key in os.environ}
+    # The test session marks what it starts, and looks for leftovers by that mark.
+    wanted = ("LANG", "TERM", "HOME", "CILIA_TEST_SESSION")
+    keep = {key: os.environ[key] for key in wanted if key in os.environ}
     path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
     return {
         **keep,
