@@ -16,7 +16,7 @@ static __always_inline __u32 ipcache_identity(const union addr *addr)
 	struct ipcache_key key = { .prefixlen = 128 };
 	struct ipcache_value *value;
 
-	addr_copy(&key.addr, addr);
+	memcpy(&key.addr, addr, sizeof(key.addr));
 	value = bpf_map_lookup_elem(&cilia_ipcache, &key);
 	return value && value->identity ? value->identity : identity_of_world(addr);
 }

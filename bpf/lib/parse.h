@@ -252,6 +252,9 @@ static __always_inline int parse_ip6(struct __sk_buff *ctx, struct packet *p)
 	p->flags |= PKT_V6;
 	addr_copy(&p->saddr, &ip->saddr);
 	addr_copy(&p->daddr, &ip->daddr);
+	/* ::ffff:a.b.c.d is how IPv4 is written here; no IPv6 packet may claim it. */
+	if (unlikely(addr_is_ip4(&p->saddr) || addr_is_ip4(&p->daddr)))
+		return -DROP_INVALID;
 	p->proto = ip->next;
 	p->ttl = ip->hop_limit;
 	p->l4_off = ETH_HLEN + IP6_HLEN;

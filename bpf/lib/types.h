@@ -47,11 +47,12 @@ _Static_assert(sizeof(struct endpoint) == 64, "struct endpoint");
 
 /* ---- ipcache --------------------------------------------------------- */
 
+/* Packed: the kernel's trie takes every byte behind prefixlen for the prefix, a gap as well. */
 struct ipcache_key {
 	__u32 prefixlen;   /* bits of addr: an IPv4 /24 is 96 + 24 */
 	union addr addr;
-};
-_Static_assert(sizeof(struct ipcache_key) == 24, "struct ipcache_key");
+} __attribute__((packed, aligned(4)));
+_Static_assert(sizeof(struct ipcache_key) == 20, "struct ipcache_key");
 
 struct ipcache_value {
 	__u32 identity;

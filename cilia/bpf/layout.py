@@ -45,7 +45,7 @@ ENDPOINT: Final = np.dtype(
         ("ip6", ADDR),
     ]
 )
-IPCACHE_KEY: Final = np.dtype([("prefixlen", "u4"), ("_gap", "V4"), ("addr", ADDR)])
+IPCACHE_KEY: Final = np.dtype([("prefixlen", "u4"), ("addr", ADDR)])
 IPCACHE_VALUE: Final = np.dtype(
     [("identity", "u4"), ("tunnel_be", ">u4"), ("flags", "u4"), ("pad", "u4")]
 )

@@ -1,0 +1,137 @@
+"""Between two endpoints of one node: parse, policy of both ends, conntrack, delivery."""
+
+from __future__ import annotations
+
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
+from scapy.packet import Packet
+
+from cilia.bpf import constants, layout
+from tests.datapath.harness import IN, OUT, TC_REDIRECT, TC_SHOT, Endpoint, Node, Rule
+
+
+def ip(v6: bool, src: Endpoint | str, dst: Endpoint | str, **fields: int) -> Packet:
+    """An IP header between two endpoints or addresses."""
+    source = src if isinstance(src, str) else src.ip(v6)
+    target = dst if isinstance(dst, str) else dst.ip(v6)
+    if v6:
+        if "ttl" in fields:
+            fields["hlim"] = fields.pop("ttl")
+        return IPv6(src=source, dst=target, **fields)
+    return IP(src=source, dst=target, **fields)
+
+
+def tcp(v6: bool, src: Endpoint, dst: Endpoint, flags: str, sport: int = 40000, dport: int = 80,
+        **fields: int) -> Packet:  # fmt: skip
+    return ip(v6, src, dst, **fields) / TCP(sport=sport, dport=dport, flags=flags)
+
+
+def valid(packet: Packet) -> bool:
+    """All checksums are what Scapy computes from scratch."""
+    raw = bytes(packet)
+    fresh = packet.copy()
+    for layer in (IP, TCP, UDP, ICMP, ICMPv6EchoRequest, ICMPv6EchoReply):
+        if fresh.haslayer(layer):
+            for name in ("chksum", "cksum"):
+                if name in fresh[layer].fields:
+                    del fresh[layer].fields[name]
+    return bytes(fresh) == raw
+
+
+def test_a_tcp_connection_from_syn_to_close(node: Node, v6: bool) -> None:
+    a, b = node.a, node.b
+    node.runtime(aggregation=3)
+
+    syn = node.send(a, tcp(v6, a, b, "S"))
+    assert syn.verdict == TC_REDIRECT
+    out = syn.packet
+    assert (out.src, out.dst) == (b.node_mac, b.mac)
+    assert (out.hlim if v6 else out.ttl) == 63
+    assert valid(out)
+    length = len(out)
+    assert syn.metrics == {(0, IN): (1, length)}
+    egress, ingress = syn.verdicts
+    assert (egress["ep_id"], egress["peer_ep_id"], egress["direction"]) == (a.id, b.id, OUT)
+    assert (ingress["ep_id"], ingress["peer_ep_id"], ingress["direction"]) == (b.id, a.id, IN)
+    for event, rule in ((egress, 101), (ingress, 102)):
+        assert (event["src_identity"], event["dst_identity"]) == (a.identity, b.identity)
+        assert event["rule_id"] == rule
+        assert event["verdict"] == 0
+        assert event["match_type"] == constants.MATCH_ALL
+        assert event["proto"] == 6
+        assert event["tcp_flags"] == 0x02
+        assert (event["sport_be"], event["dport_be"]) == (40000, 80)
+        assert layout.from_addr(event["saddr"]) == layout.from_addr(layout.to_addr(a.ip(v6)))
+        assert bool(event["flags"] & constants.EVENT_F_IPV6) == v6
+        assert event["length"] == length
+        assert event["ifindex"] == a.ifindex
+        assert bytes(event["smac"]).hex(":") == a.mac
+        assert bytes(event["dmac"]).hex(":") == a.node_mac
+    assert syn.traces == [constants.TRACE_TO_ENDPOINT]
+    ((key, entry),) = node.ct()
+    assert {int(key["lo_port_be"]), int(key["hi_port_be"])} == {40000, 80}
+    assert entry["side"][0]["remote_id"] == b.identity
+    assert entry["side"][1]["remote_id"] == a.identity
+    assert entry["side"]["rule_id"].tolist() == [101, 102]
+    assert entry["packets"].tolist() == [1, 0]
+
+    synack = node.send(b, tcp(v6, b, a, "SA", 80, 40000))
+    assert synack.verdict == TC_REDIRECT
+    assert (synack.packet.src, synack.packet.dst) == (a.node_mac, a.mac)
+    assert not synack.verdicts
+    assert [int(e["reason"]) for e in synack.of(constants.EVENT_TRACE)] == [constants.CT_REPLY]
+    assert synack.of(constants.EVENT_TRACE)[0]["flags"] & constants.EVENT_F_REPLY
+
+    ack = node.send(a, tcp(v6, a, b, "A"))
+    assert ack.verdict == TC_REDIRECT
+    assert len(ack.events) == 0  # nothing new to say at aggregation medium
+    ((_, entry),) = node.ct()
+    assert entry["packets"].tolist() == [2, 1]
+    assert entry["bytes"].tolist() == [length * 2, length]
+
+    for sender, other, sport, dport in ((a, b, 40000, 80), (b, a, 80, 40000)):
+        fin = node.send(sender, tcp(v6, sender, other, "FA", sport, dport))
+        assert fin.traces == [constants.TRACE_TO_ENDPOINT]
+    ((_, entry),) = node.ct()
+    assert all(int(s) & constants.CT_SEEN_CLOSING for s in entry["seen"])
+
+
+def test_udp_and_echo(node: Node, v6: bool) -> None:
+    a, b = node.a, node.b
+    for request, reply in (
+        (UDP(sport=5000, dport=53) / b"x", UDP(sport=53, dport=5000) / b"y"),
+        (
+            (ICMPv6EchoRequest(id=7) if v6 else ICMP(type=8, id=7)),
+            (ICMPv6EchoReply(id=7) if v6 else ICMP(type=0, id=7)),
+        ),
+    ):
+        there = node.send(a, ip(v6, a, b) / request)
+        assert there.verdict == TC_REDIRECT
+        assert valid(there.packet)
+        back = node.send(b, ip(v6, b, a) / reply)
+        assert back.verdict == TC_REDIRECT
+        assert valid(back.packet)
+        assert not back.verdicts
+    assert len(node.ct()) == 2
+
+
+def test_policy_denies_at_either_end(node: Node, v6: bool) -> None:
+    a, b = node.a, node.b
+    node.policy(a, [])
+    denied = node.send(a, tcp(v6, a, b, "S"))
+    assert denied.verdict == TC_SHOT
+    assert denied.drops == [133]
+    assert [(int(e["verdict"]), int(e["direction"])) for e in denied.verdicts] == [(-133, OUT)]
+    assert set(denied.metrics) == {(133, OUT)}
+    assert not node.ct()
+
+    node.policy(a, [Rule(True, id=5)])
+    node.policy(b, [Rule(False, id=6), Rule(False, a.identity, 6, 80, 24, deny=True, id=7)])
+    denied = node.send(a, tcp(v6, a, b, "S"))
+    assert denied.drops == [181]
+    assert [(int(e["verdict"]), int(e["rule_id"])) for e in denied.verdicts] == [(0, 5), (-181, 7)]
+    assert denied.verdicts[1]["match_type"] == constants.MATCH_L3_L4
+    assert set(denied.metrics) == {(181, IN)}
+    assert denied.of(constants.EVENT_DROP)[0]["ep_id"] == b.id
+    assert not node.ct()
+    assert node.hits(b, 7) == 1
