@@ -71,13 +71,12 @@ class CliError(click.ClickException):
         code: Exit = Exit.FAILED,
         hint: str = "",
         faults: Sequence[FaultLine] = (),
-        as_json: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.hint = hint
         self.faults = tuple(faults)
-        self.as_json = as_json
+        self.as_json = False  # set where the output format is known
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]  # click reads it; ours differs by error
@@ -85,9 +84,7 @@ class CliError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print to stderr: faults first (an editor reads them), then the message and the cure."""
-        ctx = click.get_current_context(silent=True)
-        settings = ctx.find_root().obj if ctx is not None else None
-        if self.as_json or getattr(settings, "output", "table") == "json":
+        if self.as_json:
             body = {
                 "error": {
                     "code": self.code.name.lower(),

@@ -62,7 +62,7 @@ def label(text: str) -> common_pb2.Label:
         parsed = Label.parse(text)
     except ValueError as error:
         raise CliError(
-            str(error),
+            f"{text!r}: {error}",
             code=Exit.INVALID,
             hint="Write key=value (app=web) or source:key=value (k8s:app=web).",
         ) from error

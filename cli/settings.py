@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from cli.errors import CliError
+
 DEFAULT_RUN_DIR = Path("/run/cilia")
 DEFAULT_STATE_DIR = Path("/var/lib/cilia")
 
@@ -77,6 +79,14 @@ class LazyGroup(Group):
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lazy = lazy
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CliError as error:
+            # Shown when the context is gone; how to show it is known here.
+            error.as_json = isinstance(ctx.obj, Settings) and ctx.obj.json
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._lazy)

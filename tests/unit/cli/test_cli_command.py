@@ -1,0 +1,235 @@
+"""The command without any service: help, usage, offline verbs, and nobody answering."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from cli.errors import Exit
+from cli.root import NOUNS, cli
+
+POLICY = """\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: rule1}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  ingress:
+    - fromEndpoints: [{matchLabels: {app: front}}]
+      toPorts:
+        - ports: [{port: "80", protocol: TCP}]
+"""
+
+BAD = POLICY.replace('"80"', '"99999"').replace("TCP", "TPC")
+
+
+def run(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, args, input=stdin, prog_name="cilia")
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        assert command is not None
+        yield (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+ALL = sorted(commands(cli))
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_every_command_has_help(path: tuple[str, ...]) -> None:
+    result = run(*path, "--help")
+    assert result.exit_code == 0, result.output
+    assert "Usage: cilia" in result.output
+
+
+def test_the_verbs_promised_are_there() -> None:
+    said = {" ".join(path) for path in ALL}
+    assert set(NOUNS) <= said
+    for verb in ["list", "get", "add", "delete", "labels", "config", "log", "health", "regenerate"]:
+        assert f"endpoint {verb}" in said
+    for verb in ["apply", "get", "delete", "validate", "trace"]:
+        assert f"policy {verb}" in said
+    for verb in ["policy", "ct", "ipcache", "endpoint", "metrics"]:
+        assert f"bpf {verb} list" in said
+    for verb in ["up", "down", "status", "exec"]:
+        assert f"lab {verb}" in said
+    assert {"bpf probe", "store backup", "store restore", "store status"} <= said
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    result = run("completion", shell)
+    assert result.exit_code == 0
+    assert "_CILIA_COMPLETE" in result.output
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("nonsense",),
+        ("endpoint", "add", "--name", "x"),
+        ("endpoint", "add", "--name", "x", "--netns", "a", "--pid", "1"),
+        ("policy", "delete"),
+        ("policy", "delete", "x", "--all"),
+        ("identity", "get"),
+        ("monitor", "--type", "nonsense"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_two(args: tuple[str, ...]) -> None:
+    assert run(*args).exit_code == Exit.USAGE
+
+
+def test_validate_says_all_faults_with_place_and_path(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD)
+    result = run("policy", "validate", str(path))
+    assert result.exit_code == Exit.INVALID
+    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{path}:9:")]
+    assert len(lines) == 2, result.stderr
+    assert "spec.ingress[0].toPorts[0].ports[0].port: " in lines[0]
+    assert "spec.ingress[0].toPorts[0].ports[0].protocol: " in lines[1]
+
+
+def test_validate_json_and_stdin() -> None:
+    good = json.loads(run("policy", "validate", "-", "-o", "json", stdin=POLICY).stdout)
+    assert good["valid"] is True
+    assert good["documents"] == [
+        {"kind": "CiliumNetworkPolicy", "namespace": "default", "name": "rule1", "rules": 1}
+    ]
+    result = run("-o", "json", "policy", "validate", "-", stdin=BAD)
+    bad = json.loads(result.stdout)
+    assert result.exit_code == Exit.INVALID
+    assert bad["valid"] is False
+    assert {(f["file"], f["line"]) for f in bad["faults"]} == {("-", 9)}
+
+
+@pytest.mark.parametrize("what", ["missing", "empty-dir", "empty-file"])
+def test_validate_without_input(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.yaml"
+    expected = Exit.NOT_FOUND
+    match what:
+        case "empty-dir":
+            path.mkdir()
+        case "empty-file":
+            path.write_text("\n")
+            expected = Exit.INVALID
+    result = run("policy", "validate", str(path))
+    assert result.exit_code == expected
+    assert result.stderr.startswith("Error: ")
+
+
+def _trace(tmp_path: Path, *args: str) -> Result:
+    path = tmp_path / "good.yaml"
+    path.write_text(POLICY)
+    return run("policy", "trace", "--policies", str(path), *args)
+
+
+@pytest.mark.parametrize(
+    ("src", "dport", "verdict"),
+    [
+        ("app=front", "80/tcp", "allowed"),
+        ("app=front", "81/tcp", "denied"),
+        ("app=other", "80/tcp", "denied"),
+        ("192.0.2.1", "80/tcp", "denied"),
+        ("app=front,k8s:io.kubernetes.pod.namespace=shop", "80/tcp", "denied"),
+    ],
+)
+def test_offline_trace(tmp_path: Path, src: str, dport: str, verdict: str) -> None:
+    result = _trace(tmp_path, "-s", src, "-d", "app=web", "-p", dport, "-o", "json")
+    assert result.exit_code == 0, result.output
+    shape = json.loads(result.stdout)
+    assert shape["verdict"] == verdict
+    ingress = shape["ingress"]
+    rules = ingress["rules"] if verdict == "allowed" else ingress["default_deny"]
+    assert rules[0]["name"] == "CiliumNetworkPolicy default/rule1"
+    assert rules[0]["line"]
+
+
+def test_trace_exit_code_is_asked_for(tmp_path: Path) -> None:
+    denied = ("-s", "app=other", "-d", "app=web", "-p", "80/tcp")
+    plain = _trace(tmp_path, *denied)
+    assert plain.exit_code == 0
+    assert plain.stdout.rstrip().endswith("Final verdict: DENIED")
+    assert _trace(tmp_path, *denied, "--exit-code").exit_code == Exit.FAILED
+
+
+def test_offline_trace_cannot_look_up_endpoints(tmp_path: Path) -> None:
+    result = _trace(tmp_path, "-s", "xwing", "-d", "app=web")
+    assert result.exit_code == Exit.INVALID
+    assert "labels" in result.stderr
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    result = run("--agent-socket", str(path), "endpoint", "list")
+    assert result.exit_code == Exit.UNREACHABLE
+    assert f"agent not reachable at {path}" in result.stderr
+    assert "python -m services.agent" in result.stderr
+
+
+def test_socket_that_nobody_listens_on(tmp_path: Path) -> None:
+    path = tmp_path / "identity.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    result = run("--identity-socket", str(path), "-o", "json", "identity", "list")
+    assert result.exit_code == Exit.UNREACHABLE
+    error = json.loads(result.stderr)["error"]
+    assert error["code"] == "unreachable"
+    assert error["exit"] == 3
+    assert "services.identity" in error["hint"]
+
+
+def test_version_without_an_agent(tmp_path: Path) -> None:
+    result = run("--agent-socket", str(tmp_path / "none"), "version", "-o", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["agent"] is None
+
+
+@pytest.mark.parametrize("text", ["=x", "a b=c", "bad;label=x"])
+def test_bad_label_never_reaches_a_service(tmp_path: Path, text: str) -> None:
+    result = run("--agent-socket", str(tmp_path / "none"), "endpoint", "list", "-l", text)
+    assert result.exit_code == Exit.INVALID
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--ipv4", "fd00::1"), ("--ipv6", "10.0.0.1"), ("--ipv4", "10.0.0.256")]
+)
+def test_add_refuses_an_address_of_the_wrong_kind(flag: str, value: str) -> None:
+    result = run("endpoint", "add", "--name", "x", "--pid", "1", flag, value)
+    assert result.exit_code == Exit.INVALID
+    assert value in result.stderr
+
+
+def test_restore_refuses_what_is_no_backup(tmp_path: Path) -> None:
+    path = tmp_path / "not-a-store"
+    path.write_bytes(b"hello" * 1000)
+    result = run("store", "restore", str(path), "--state-dir", str(tmp_path / "state"))
+    assert result.exit_code == Exit.INVALID, result.output
+    assert not list((tmp_path / "state").rglob("store.sqlite"))
+    missing = run("store", "restore", str(tmp_path / "no"), "--state-dir", str(tmp_path))
+    assert missing.exit_code == Exit.NOT_FOUND
+
+
+def test_tables_off_a_terminal_are_whole_and_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    from cli import render
+    from cli.settings import Settings
+
+    long = "x" * 500
+    count = render.table(
+        Settings("a", "b"), ["A", "B"], [[1, long], ["denied", "[b]not markup[/b]"]]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert count == 2
+    assert lines == ["A        B", f"1        {long}", "denied   [b]not markup[/b]"]
