@@ -1,0 +1,36 @@
+"""`python -m services.agent`: configuration, then the service, then an exit code.
+
+0 stopped when asked to; 1 an operating error (state directory or socket in use, kernel feature
+missing, programs refused); 70 a bug; 78 the configuration is wrong (2: a flag that does not exist).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cilia import lifecycle
+from cilia.errors import InvalidError
+from cilia.lifecycle import ExitCode, Lifecycle
+from cilia.telemetry import log
+from services.agent.app import build
+from services.agent.options import parse
+
+
+def main() -> int:
+    try:
+        config, logging = parse(sys.argv[1:], os.environ)
+        as_json = None if logging.format == "auto" else logging.format == "json"
+        log.setup("agent", level=logging.level, json=as_json)
+    except InvalidError as error:
+        sys.stderr.write(f"agent: {error.explain()}\n")
+        return ExitCode.CONFIG
+
+    async def build_service(running: Lifecycle) -> None:
+        await build(config, running)
+
+    return lifecycle.run(build_service, service="agent")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

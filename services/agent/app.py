@@ -1,0 +1,478 @@
+"""The agent, wired by hand. Sources fill tables, one calculation, reconcilers write the kernel.
+
+  identity service            gRPC: cli, CNI          netlink           pinned maps, records
+        │                          │                     │                     │ (once, at start)
+  session, watch              EndpointLives          HostNetwork            restore
+        │                     │    │    │                │ │                   │
+   ClusterView ◀─ saved ──┐   │  Ipam  IdentityAllocator │ └─▶ devices ──▶ DeviceReconciler
+   identities, ips,       │   │         (known numbers)  │                       │
+   policies               │   ▼                          │ host addresses        │
+        │           Endpoints (states, logs, records) ◀──┼───────────────────────┘
+        │                 │        │                     │
+        ▼                 ▼        └─▶ Wiring ─▶ links ──┴▶ LinkReconciler, AttachReconciler
+   ┌─ Regeneration.flush ─────────────────────────────────────────────────────────────┐
+   │  Calculation (PolicyEngine, CidrIdentities, Slots)            pure                │
+   │    ─▶ policymap ─▶ ipcache ─▶ announce ─▶ endpointmap ─▶ epoch ─▶ freed slots     │
+   └──────────────────────────────────────────────────────────────────────────────────┘
+        │ what the programs write
+   cilia_events ─▶ Monitor ─▶ subscribers          Conntrack: GC, purge before an address is reused
+
+Start: lock, programs and maps, host devices, restore, sources, reconcilers, server, serving.
+Stop is the reverse, and leaves everything that is pinned: traffic goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+import structlog
+
+from cilia import statefile
+from cilia.bpf import probe
+from cilia.bpf.attach import has_tcx
+from cilia.controller import Controller, ControllerSet
+from cilia.errors import DomainError, Kind
+from cilia.identity import EndpointID, is_cluster
+from cilia.labels import LabelFilter
+from cilia.lifecycle import Lifecycle
+from cilia.rpc.server import Server
+from cilia.table import Table, TableDump
+from cilia.telemetry import fields
+from cilia.telemetry.metrics import Exposition, parse_address
+from services.agent import metrics, server
+from services.agent.calculation import Calculation
+from services.agent.clients import GrpcIdentityClient
+from services.agent.clusterwatch import Changes, ClusterView
+from services.agent.config import AgentConfig
+from services.agent.conntrack import Conntrack
+from services.agent.datapath import Datapath
+from services.agent.dumps import Dumps
+from services.agent.endpoint import EndpointState
+from services.agent.endpointtable import Endpoints
+from services.agent.host import HostNetwork
+from services.agent.identityalloc import CidrIdentities, IdentityAllocator
+from services.agent.ipam import Ipam
+from services.agent.lives import EndpointLives
+from services.agent.monitor import Decoder, Monitor
+from services.agent.notifications import Notifier
+from services.agent.policydocs import PolicyDocuments
+from services.agent.policystate import PolicyStateFile
+from services.agent.reconcilers.attach import AttachReconciler
+from services.agent.reconcilers.device import DeviceReconciler
+from services.agent.reconcilers.link import LinkReconciler
+from services.agent.record import EndpointRecords
+from services.agent.regeneration import Regeneration
+from services.agent.restore import Restored, restore
+from services.agent.rows import AttachRow, LinkRow
+from services.agent.session import Announcer, Session, Watch
+from services.agent.status import Status
+from services.agent.wiring import Wiring
+
+log = structlog.get_logger()
+
+
+class KernelTooOld(DomainError):
+    """A feature that nothing can replace is missing."""
+
+    default_kind = Kind.PRECONDITION
+
+
+async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
+    """Makes the parts and adds them, in the order in which they start."""
+    problems: list[str] = []
+
+    # ---- what is owned: directory, kernel, tables
+    lifecycle.add("lock", statefile.DirectoryLock(config.agent_dir, owner=f"agent {config.node}"))
+    datapath = Datapath(config)
+    endpoints = Endpoints()
+    view = ClusterView()
+    ipam = Ipam(config.pool4, config.pool6)
+    records = EndpointRecords(config.agent_dir / "endpoints")
+    saved = PolicyStateFile(config.agent_dir)
+    attachments: Table[str, AttachRow] = Table("attachments", key=lambda row: row.hook)
+    links: Table[EndpointID, LinkRow] = Table("links", key=lambda row: row.id)
+    controllers = ControllerSet()
+    notifier = Notifier()
+    monitor = Monitor(datapath)
+    notifier.listen(monitor.notify)
+    conntrack = Conntrack(datapath)
+
+    # ---- the identity service
+    client = GrpcIdentityClient(
+        config.identity_socket_path, node=config.node, timeout_s=config.identity_timeout_s
+    )
+    allocator = IdentityAllocator(client)
+
+    def on_new_lease() -> None:
+        allocator.lease_lost()
+        announcer.forget()
+        controllers.trigger("identity-references")
+        controllers.trigger("announcements")
+        for endpoint in endpoints:
+            if endpoint.identity is None:
+                controllers.trigger(f"resolve-identity-{endpoint.id}")
+
+    session = Session(client, lease_ttl_s=config.lease_ttl_s, on_new_lease=on_new_lease)
+    announcer = Announcer(client, endpoints, session, node=config.node)
+
+    # ---- the calculation and what it feeds
+    cidrs = CidrIdentities(
+        config.agent_dir / "cidr-identities.json", release_delay_s=config.cidr_release_delay_s
+    )
+    calculation = Calculation(
+        mode=config.enforcement,
+        audit=config.policy_audit,
+        allow_localhost=config.allow_localhost == "always",
+        cluster=config.cluster,
+        slots=config.map_sizes.policy_slots,
+        cidrs=cidrs,
+        router=(config.pool4.network_address + 1, config.pool6.network_address + 1),
+    )
+
+    async def announce() -> None:
+        await announcer.try_push()
+
+    regeneration = Regeneration(
+        node=config.node,
+        view=view,
+        endpoints=endpoints,
+        calculation=calculation,
+        datapath=datapath,
+        notifier=notifier,
+        announce=announce,
+        policy_limit=config.map_sizes.policy,
+    )
+    regenerate = Controller("regenerate", regeneration.flush, retry_s=0.5, retry_max_s=10.0)
+    regeneration.trigger_by(regenerate.trigger)
+    policy_known = asyncio.Condition()
+    policy_changed = asyncio.Event()
+
+    def on_cluster_change(changes: Changes) -> None:
+        for number in changes.identities:
+            entry = view.identities.get(number)
+            if entry is not None and is_cluster(number):
+                allocator.learn(entry.labels, number)
+        regeneration.changed(changes)
+        regenerate.trigger()
+        controllers.trigger("save-cluster-state")
+        policy_changed.set()
+
+    watch = Watch(client, view, on_cluster_change)
+
+    # ---- the node's network
+    def on_addresses(addresses: frozenset[IPv4Address | IPv6Address]) -> None:
+        announcer.host_ip = host.node_ip
+        if regeneration.set_host_addresses(addresses):
+            regenerate.trigger()
+
+    host = HostNetwork(
+        config,
+        datapath,
+        ipam,
+        attachments=attachments,
+        on_addresses=on_addresses,
+        on_links=lambda: controllers.trigger("vanished-endpoints"),
+    )
+    device_reconciler = DeviceReconciler(host.devices, datapath)
+    attach_reconciler = AttachReconciler(attachments.reader(), datapath, mode=config.attach)
+    link_reconciler = LinkReconciler(
+        links.reader(),
+        datapath,
+        router4=config.pool4.network_address + 1,
+        router6=config.pool6.network_address + 1,
+    )
+    wiring = Wiring(
+        datapath,
+        host,
+        attachments=attachments,
+        attach=attach_reconciler,
+        links=links,
+        link=link_reconciler,
+    )
+
+    # ---- endpoints
+    lives = EndpointLives(
+        endpoints=endpoints,
+        ipam=ipam,
+        records=records,
+        allocator=allocator,
+        regeneration=regeneration,
+        regenerate=regenerate,
+        controllers=controllers,
+        wiring=wiring,
+        datapath=datapath,
+        conntrack=conntrack,
+        announcer=announcer,
+        notifier=notifier,
+        label_filter=LabelFilter.parse(" ".join(config.label_rules)),
+        cluster=config.cluster,
+        add_timeout_s=config.endpoint_add_timeout_s,
+        identity_retry_s=config.identity_retry_s,
+    )
+
+    async def take_over() -> None:
+        """Everything an earlier run left, before any source speaks."""
+
+        def load() -> None:
+            cidrs_path = config.agent_dir / "cidr-identities.json"
+            try:
+                cidrs.load()
+            except statefile.StateFileDamaged as error:
+                kept = statefile.set_aside(cidrs_path)
+                problems.append(f"{error.message}; it was kept as {kept}")
+            saved.load_into(view)
+
+        await datapath.run(load)
+        problems.extend(saved.damaged)
+        for entry in view.identities.values():
+            allocator.learn(entry.labels, entry.id)
+        found: Restored = await restore(
+            records=records,
+            endpoints=endpoints,
+            ipam=ipam,
+            allocator=allocator,
+            calculation=calculation,
+            regeneration=regeneration,
+            wiring=wiring,
+            conntrack=conntrack,
+            datapath=datapath,
+        )
+        problems.extend(found.problems)
+        await attach_reconciler.flush()  # running programs are replaced in place
+        await device_reconciler.flush()
+        for endpoint in endpoints:
+            wanted = lives.identity_labels(endpoint.namespace, endpoint.labels)
+            if endpoint.identity is None or wanted != endpoint.identity_labels:
+                lives.retry_identity(endpoint.id)
+
+    # ---- work that may fail, by name
+    async def save_cluster_state() -> None:
+        if view.live:
+            await datapath.run(
+                saved.save_policies,
+                list(view.policies.values()),
+                revision=view.policy_revision,
+                store_id=view.store_id,
+            )
+        known = {
+            number: entry.labels for number, entry in view.identities.items() if is_cluster(number)
+        }
+        known.update((number, labels) for labels, number in allocator.held.items())
+        await datapath.run(saved.save_identities, known)
+
+    async def settle_references() -> None:
+        if session.live:
+            for labels, _, number in await allocator.settle():
+                lives.identity_moved(labels, number)
+
+    async def push_announcements() -> None:
+        if session.live:
+            await announcer.push()
+
+    async def keep_wires() -> None:
+        await wiring.flush()
+        await device_reconciler.flush()
+
+    async def resync() -> None:
+        for reconciler in (
+            regeneration.policymap,
+            regeneration.ipcache,
+            regeneration.endpointmap,
+        ):
+            await reconciler.flush()
+        calculation.cidrs.release_due()
+        regenerate.trigger()
+
+    async def refresh_host() -> None:
+        await host.refresh()
+        await device_reconciler.flush()
+        await attach_reconciler.flush()
+
+    async def count() -> None:
+        _count(endpoints, view, ipam)
+
+    every = config.resync_interval_s
+    for controller in (
+        regenerate,
+        Controller("identity-session", session.keep, retry_s=0.5, retry_max_s=2.0, resync_s=0.1),
+        Controller("identity-watch", watch.follow, retry_s=0.5, retry_max_s=2.0, resync_s=0.1),
+        Controller("identity-references", settle_references, retry_s=1.0, resync_s=300.0),
+        Controller("announcements", push_announcements, retry_s=1.0, resync_s=300.0),
+        Controller("save-cluster-state", save_cluster_state, min_interval_s=0.5),
+        Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
+        Controller("wires", keep_wires, resync_s=every),
+        Controller("vanished-endpoints", lives.end_vanished, resync_s=every),
+        Controller("address-quarantine", lives.release_quarantine, resync_s=every),
+        Controller("conntrack-gc", conntrack.collect, resync_s=config.conntrack_gc_interval_s),
+        Controller("resync", resync, resync_s=every),
+        Controller("count", count, resync_s=5.0),
+    ):
+        controllers.add(controller)
+
+    async def tell_policy_waiters() -> None:
+        while True:
+            await policy_changed.wait()
+            policy_changed.clear()
+            async with policy_known:
+                policy_known.notify_all()
+
+    # ---- what is asked of us
+    def all_tables() -> tuple[TableDump, ...]:
+        tables: tuple[Any, ...] = (
+            endpoints.table,
+            *regeneration.tables,
+            regeneration.policymap.statuses,
+            regeneration.ipcache.statuses,
+            regeneration.endpointmap.statuses,
+            attachments,
+            attach_reconciler.statuses,
+            links,
+            link_reconciler.statuses,
+            host.devices,
+        )
+        return tuple(table.dump() for table in tables)
+
+    status = Status(
+        view=view,
+        session=session,
+        watch=watch,
+        allocator=allocator,
+        endpoints=endpoints,
+        regeneration=regeneration,
+        datapath=datapath,
+        ipam=ipam,
+        host=host,
+        monitor=monitor,
+        controllers=controllers,
+        tables=all_tables,
+        problems=problems,
+    )
+    attach_mode = config.attach if config.attach != "auto" else "tcx" if has_tcx() else "clsact"
+    policy_documents = PolicyDocuments(
+        client=client,
+        view=view,
+        regeneration=regeneration,
+        changed=policy_known,
+        wait_timeout_s=config.policy_wait_timeout_s,
+    )
+    dumps = Dumps(datapath, calculation)
+    rpc = Server(
+        socket=config.socket,
+        group=config.socket_group,
+        grace_s=config.stop_grace_s,
+        services=[
+            lambda target: server.register(
+                target,
+                endpoint=server.EndpointServer(
+                    config=config,
+                    endpoints=endpoints,
+                    lives=lives,
+                    regeneration=regeneration,
+                    view=view,
+                ),
+                policy=server.PolicyServer(
+                    documents=policy_documents,
+                    view=view,
+                    regeneration=regeneration,
+                    calculation=calculation,
+                    endpoints=endpoints,
+                ),
+                datapath=server.DatapathServer(
+                    dumps=dumps, endpoints=endpoints, datapath=datapath, monitor=monitor
+                ),
+                monitor=server.MonitorServer(
+                    monitor=monitor, decoder=Decoder(calculation, endpoints)
+                ),
+                status=server.StatusServer(config=config, status=status, attach_mode=attach_mode),
+            )
+        ],
+    )
+
+    lifecycle.add("kernel", _Step(_refuse_old_kernel))
+    lifecycle.add("datapath", datapath)
+    lifecycle.add("host", host)
+    lifecycle.add("restore", _Step(take_over))
+    lifecycle.add("monitor", monitor)
+    lifecycle.add("identity-client", _Closing(client.close))
+    lifecycle.add_task("policy-waiters", tell_policy_waiters)
+    lifecycle.add("controllers", controllers)
+    lifecycle.add_task(
+        "host-watch", lambda: host.watch(lambda: controllers.trigger("host-devices"))
+    )
+    if config.metrics_address:
+        lifecycle.add("exposition", Exposition(parse_address(config.metrics_address)))
+    lifecycle.add("first-flush", _Step(regenerate.wait_success))
+    lifecycle.add("server", rpc)
+    lifecycle.add("serving", _Serving(rpc, notifier))
+
+
+def _count(endpoints: Endpoints, view: ClusterView, ipam: Ipam) -> None:
+    states = [endpoint.shown_state for endpoint in endpoints]
+    for state in (*EndpointState, "not-ready"):
+        if state:
+            metrics.ENDPOINTS.labels(str(state)).set(states.count(str(state)))
+    metrics.POLICIES.set(len(view.policies))
+    metrics.POLICY_REVISION.set(view.policy_revision)
+    for pool in ipam.pools:
+        metrics.IPAM_ADDRESSES.labels(f"ipv{pool.network.version}").set(pool.status().allocated)
+
+
+async def _refuse_old_kernel() -> None:
+    """Asks the kernel by doing; names what is missing and the cure. Raises KernelTooOld."""
+    missing = [
+        feature for feature in await asyncio.to_thread(probe.features) if not feature.present
+    ]
+    for feature in missing:
+        if feature.required:
+            raise KernelTooOld(
+                f"this kernel lacks {feature.name} ({feature.detail}): {feature.effect}",
+                cure=feature.cure,
+            )
+        log.warning(
+            "A kernel feature is missing.",
+            **{fields.FEATURE: feature.name, fields.REASON: feature.effect},
+        )
+
+
+class _Step:
+    """Something done once at its place in the start."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._work = work
+
+    async def start(self) -> None:
+        await self._work()
+
+    async def stop(self) -> None:
+        """Nothing to undo."""
+
+
+class _Closing:
+    """Something closed at its place in the stop."""
+
+    def __init__(self, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._close = close
+
+    async def start(self) -> None:
+        """Open since it was made."""
+
+    async def stop(self) -> None:
+        await self._close()
+
+
+class _Serving:
+    """The last part: says SERVING once all others run."""
+
+    def __init__(self, rpc: Server, notifier: Notifier) -> None:
+        self._rpc = rpc
+        self._notifier = notifier
+
+    async def start(self) -> None:
+        await self._rpc.set_serving(True)
+        self._notifier.agent_started()
+
+    async def stop(self) -> None:
+        await self._rpc.set_serving(False)

@@ -1,0 +1,190 @@
+"""The node's own network: the router device, the devices that lead to the world, and what changes.
+
+    cilia_host ──── cilia_net       one veth pair; cilia_host carries the router addresses, so that
+    10.217.0.1/32                   the node's own packets to endpoints have a source they can answer
+    fd00:c111::1/128
+
+Settings are per device and on our devices only. No global sysctl is changed and no netfilter rule
+is made: what leaves or reaches an endpoint is redirected by the programs, past the FORWARD hook.
+One consequence: IPv6 "time exceeded" for an endpoint's packets is not sent by the kernel unless
+net.ipv6.conf.all.forwarding is on, as ip6_forward() asks that switch first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv6Address,
+    IPv6Interface,
+    ip_interface,
+)
+from typing import Final
+
+from cilia.net import sysctl
+from cilia.net.device import HostDevice, Link, Network
+from cilia.net.watch import watch_network
+from cilia.table import ReadTable, Table
+from services.agent.config import AgentConfig
+from services.agent.datapath import Datapath
+from services.agent.ipam import Ipam, PoolOverlap
+from services.agent.rows import AttachRow, DeviceRow
+
+HOST_DEVICE: Final = "cilia_host"
+_HOST_PEER: Final = "cilia_net"
+_OWN_PREFIXES: Final = ("cil", "lxc")
+_DEFAULT_MTU: Final = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """What was found by looking once."""
+
+    devices: tuple[HostDevice, ...]
+    addresses: frozenset[IPv4Address | IPv6Address]
+    links: tuple[Link, ...]
+
+
+class HostNetwork:
+    """Prepares the node's devices and keeps two tables about them."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        datapath: Datapath,
+        ipam: Ipam,
+        *,
+        attachments: Table[str, AttachRow],
+        on_addresses: Callable[[frozenset[IPv4Address | IPv6Address]], None],
+        on_links: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._datapath = datapath
+        self._ipam = ipam
+        self._attachments = attachments
+        self._on_addresses = on_addresses
+        self._on_links = on_links
+        self._devices: Table[int, DeviceRow] = Table("devices", key=lambda row: row.ifindex)
+        self._names: frozenset[str] = frozenset()
+        self.mtu = config.mtu or _DEFAULT_MTU
+        self.node_ip = ""
+
+    @property
+    def devices(self) -> ReadTable[int, DeviceRow]:
+        return self._devices.reader()
+
+    async def start(self) -> None:
+        """Raises PoolOverlap, NetworkError."""
+        await self._datapath.run(self._refuse_overlap)
+        view = await self._datapath.run(self._look)
+        self._take(view)
+        await self._datapath.run(self._ensure_host_pair)
+        await self.refresh()
+
+    async def stop(self) -> None:
+        """Everything stays: endpoints go on without us."""
+
+    def _refuse_overlap(self) -> None:
+        with Network() as host:
+            for pool in self._ipam.pools:
+                for route in host.overlapping_routes(
+                    pool.network, ignore_devices=(HOST_DEVICE, _HOST_PEER)
+                ):
+                    link = host.find_link(route.index) if route.index else None
+                    if link is not None and link.name.startswith(_OWN_PREFIXES):
+                        continue
+                    via = f" via {route.gateway}" if route.gateway else ""
+                    device = f" dev {link.name}" if link else ""
+                    raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
+
+    def _ensure_host_pair(self) -> None:
+        with Network() as host:
+            host.ensure_host_pair(HOST_DEVICE, _HOST_PEER, mtu=self.mtu)
+            for name in (HOST_DEVICE, _HOST_PEER):
+                sysctl.set_device(name, sysctl.HOST_SIDE)
+            wanted: set[IPv4Interface | IPv6Interface] = set()
+            for pool in self._ipam.pools:
+                address = ip_interface(pool.router)
+                wanted.add(address)
+                host.ensure_address(HOST_DEVICE, address)
+            for found in host.addresses(HOST_DEVICE):
+                # Of an earlier run with another pool.
+                if found.interface not in wanted and not found.interface.is_link_local:
+                    host.delete_address(HOST_DEVICE, found.interface)
+
+    def _look(self) -> HostView:
+        with Network() as host:
+            devices = tuple(host.host_devices(exclude=_OWN_PREFIXES))
+            addresses = frozenset(
+                found.interface.ip
+                for found in host.addresses()
+                if not found.interface.is_loopback and not found.interface.is_link_local
+            )
+            return HostView(devices, addresses, tuple(host.links()))
+
+    async def refresh(self) -> None:
+        """Look again and act on what changed."""
+        view = await self._datapath.run(self._look)
+        self._take(view)
+        self._on_addresses(view.addresses)
+        names = frozenset(link.name for link in view.links)
+        if self._names - names:
+            self._on_links()
+        self._names = names
+
+    def _take(self, view: HostView) -> None:
+        chosen = [
+            device
+            for device in view.devices
+            if not self._config.devices or device.name in self._config.devices
+        ]
+        default = [device for device in chosen if device.default_route] or chosen
+        if not self._config.mtu:
+            self.mtu = min((device.mtu for device in default), default=_DEFAULT_MTU)
+        self._devices.replace_all(_device_row(device) for device in chosen)
+        self._devices.mark_synced()
+        addresses = [row.ipv4 for row in self._devices if row.ipv4 is not None]
+        self.node_ip = str(addresses[0]) if addresses else ""
+        hooks = {
+            f"netdev_{device.index}": AttachRow(
+                hook=f"netdev_{device.index}",
+                interface=device.name,
+                ifindex=device.index,
+                direction="ingress",
+                program="from_netdev",
+            )
+            for device in chosen
+        }
+        for row in self._attachments:
+            if row.hook.startswith("netdev_") and row.hook not in hooks:
+                self._attachments.delete(row.hook)
+        self._attachments.upsert_all(hooks.values())
+
+    async def watch(self, trigger: Callable[[], None]) -> None:
+        """Calls `trigger` whenever links, addresses or routes change; runs for ever."""
+        async with watch_network() as batches:
+            trigger()
+            async for _ in batches:
+                trigger()
+
+
+def _device_row(device: HostDevice) -> DeviceRow:
+    def best(version: int) -> Iterable[IPv4Address | IPv6Address]:
+        return (
+            a.ip
+            for a in device.addresses
+            if a.version == version and not a.is_link_local and not a.is_loopback
+        )
+
+    ipv4 = next(iter(best(4)), None)
+    ipv6 = next(iter(best(6)), None)
+    return DeviceRow(
+        name=device.name,
+        ifindex=device.index,
+        ipv4=ipv4 if isinstance(ipv4, IPv4Address) else None,
+        ipv6=ipv6 if isinstance(ipv6, IPv6Address) else None,
+        mac=bytes.fromhex(device.mac.replace(":", "")) if device.mac else bytes(6),
+        l3=not device.mac,
+    )

@@ -1,0 +1,167 @@
+"""The agent's command line: flags, then environment (CILIA_AGENT_<NAME>), then config.py's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cilia.labels import LabelError, LabelFilter
+from services.agent.config import (
+    AGGREGATION_LEVEL,
+    AgentConfig,
+    ConfigInvalid,
+    ConntrackLifetimes,
+    MapSizes,
+    check,
+    parse_networks,
+)
+
+ENV_PREFIX = "CILIA_AGENT_"
+_DEFAULT = AgentConfig(node="-")
+_SIZES = MapSizes()
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    level: str
+    format: str
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="agent",
+        description="The node's datapath service.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = p.add_argument
+    add("--node-name", default=socket.gethostname(), help="this node in the cluster")
+    add("--cluster-name", default=_DEFAULT.cluster, help="the cluster's name in policy")
+    add("--run-dir", type=Path, default=_DEFAULT.run_dir, help="sockets")
+    add("--state-dir", type=Path, default=_DEFAULT.state_dir, help="records that survive")
+    add("--bpffs", type=Path, help="root of the bpffs (default: RUN_DIR/bpf)")
+    add("--object-dir", type=Path, default=_DEFAULT.object_dir, help="compiled eBPF objects")
+    add("--identity-socket", type=Path, help="(default: RUN_DIR/identity.sock)")
+    add("--group", default=_DEFAULT.socket_group, help="owns the socket, if it exists")
+    add("--metrics-address", default="", help="/a/path or host:port; empty: not served")
+    add("--ipv4-pool", default=str(_DEFAULT.pool4), help="endpoints' IPv4 addresses")
+    add("--ipv6-pool", default=str(_DEFAULT.pool6), help="endpoints' IPv6 addresses")
+    add("--mtu", type=int, default=0, help="0: that of the default route's device")
+    add("--devices", default="", help="comma separated; empty: all with a global address")
+    on_off = ["on", "off"]
+    add("--masquerade-ipv4", choices=on_off, default="on", help="hide endpoints from the world")
+    add("--masquerade-ipv6", choices=on_off, default="on", help="hide endpoints from the world")
+    add(
+        "--nat-ports",
+        default=f"{_DEFAULT.nat_port_min}-{_DEFAULT.nat_port_max}",
+        help="ports for masquerade",
+    )
+    add("--attach", choices=["auto", "tcx", "clsact"], default="auto", help="how programs hang")
+    add(
+        "--enable-policy",
+        choices=["default", "always", "never"],
+        default="default",
+        help="when endpoints are isolated",
+    )
+    add(
+        "--allow-localhost",
+        choices=["always", "policy"],
+        default="always",
+        help="whether the node may always reach its endpoints",
+    )
+    add("--policy-audit-mode", choices=on_off, default="off", help="report, drop nothing by policy")
+    add("--allow-icmp-frag-needed", choices=on_off, default="on", help="path MTU discovery works")
+    add(
+        "--monitor-aggregation",
+        choices=list(AGGREGATION_LEVEL),
+        default=_DEFAULT.aggregation,
+        help="how much traces are thinned",
+    )
+    add("--monitor-interval", type=int, default=5, metavar="S", help="between traces of a flow")
+    add("--bpf-policy-map-max", type=int, default=_SIZES.policy, help="rows of one policy")
+    add("--bpf-policy-slots", type=int, default=_SIZES.policy_slots, help="distinct policies")
+    add("--bpf-ct-max", type=int, default=_SIZES.conntrack, help="connections")
+    add("--bpf-nat-max", type=int, default=_SIZES.nat, help="masqueraded connections")
+    add("--bpf-ipcache-max", type=int, default=_SIZES.ipcache, help="known prefixes")
+    add("--bpf-events-bytes", type=int, default=_SIZES.events_bytes, help="event ring")
+    add("--ct-tcp", type=int, default=ConntrackLifetimes().tcp_s, metavar="S")
+    add("--ct-any", type=int, default=ConntrackLifetimes().any_s, metavar="S")
+    add("--labels", default="", help="label filter, e.g. 'k8s:app !tmp'")
+    add("--lease-ttl", type=int, default=_DEFAULT.lease_ttl_s, metavar="S")
+    add("--endpoint-add-timeout", type=float, default=_DEFAULT.endpoint_add_timeout_s, metavar="S")
+    add("--identity-timeout", type=float, default=_DEFAULT.identity_timeout_s, metavar="S")
+    add("--cidr-release-delay", type=float, default=_DEFAULT.cidr_release_delay_s, metavar="S")
+    add(
+        "--conntrack-gc-interval", type=float, default=_DEFAULT.conntrack_gc_interval_s, metavar="S"
+    )
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    add("--log-format", choices=["auto", "json", "console"], default="auto")
+    return p
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig, Logging]:
+    """Raises ConfigInvalid; a flag that does not exist ends the process with 2, as argparse does."""
+    p = parser()
+    # Given as text, so that the environment is read by the same types and choices as flags.
+    from_env: list[str] = []
+    for action in p._actions:
+        name = action.dest.upper()
+        if action.option_strings and f"{ENV_PREFIX}{name}" in environ:
+            from_env.append(f"{action.option_strings[-1]}={environ[f'{ENV_PREFIX}{name}']}")
+    a: Any = p.parse_args([*from_env, *argv])
+    pool4, pool6 = parse_networks([a.ipv4_pool, a.ipv6_pool])
+    if pool4 is None or pool6 is None:
+        raise ConfigInvalid("give an IPv4 network to --ipv4-pool and an IPv6 one to --ipv6-pool")
+    low, dash, high = str(a.nat_ports).partition("-")
+    if not (dash and low.isdigit() and high.isdigit()):
+        raise ConfigInvalid(f"--nat-ports {a.nat_ports}: give a range, such as 61000-65535")
+    try:
+        LabelFilter.parse(a.labels)
+    except LabelError as error:
+        raise ConfigInvalid(f"--labels: {error}") from error
+    config = AgentConfig(
+        node=a.node_name,
+        cluster=a.cluster_name,
+        run_dir=a.run_dir,
+        state_dir=a.state_dir,
+        bpffs=a.bpffs,
+        object_dir=a.object_dir,
+        identity_socket=a.identity_socket,
+        socket_group=a.group,
+        metrics_address=a.metrics_address or None,
+        pool4=pool4,
+        pool6=pool6,
+        mtu=a.mtu,
+        devices=tuple(name for name in a.devices.split(",") if name),
+        masquerade4=a.masquerade_ipv4 == "on",
+        masquerade6=a.masquerade_ipv6 == "on",
+        nat_port_min=int(low),
+        nat_port_max=int(high),
+        attach=a.attach,
+        enforcement=a.enable_policy,
+        allow_localhost=a.allow_localhost,
+        policy_audit=a.policy_audit_mode == "on",
+        allow_frag_needed=a.allow_icmp_frag_needed == "on",
+        aggregation=a.monitor_aggregation,
+        report_interval_s=a.monitor_interval,
+        map_sizes=MapSizes(
+            policy=a.bpf_policy_map_max,
+            policy_slots=a.bpf_policy_slots,
+            conntrack=a.bpf_ct_max,
+            nat=a.bpf_nat_max,
+            ipcache=a.bpf_ipcache_max,
+            events_bytes=a.bpf_events_bytes,
+        ),
+        conntrack=ConntrackLifetimes(tcp_s=a.ct_tcp, any_s=a.ct_any),
+        label_rules=tuple(a.labels.split()),
+        lease_ttl_s=a.lease_ttl,
+        endpoint_add_timeout_s=a.endpoint_add_timeout,
+        identity_timeout_s=a.identity_timeout,
+        cidr_release_delay_s=a.cidr_release_delay,
+        conntrack_gc_interval_s=a.conntrack_gc_interval,
+    )
+    check(config)
+    return config, Logging(a.log_level, a.log_format)

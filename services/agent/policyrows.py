@@ -1,0 +1,176 @@
+"""One identity's policy as the rows of a policy map: the engine's map state, made of two arrays.
+
+A key and the lasting part of a value (rule, proxy port, flags; not the hit counter) are 8 bytes
+each, so a whole policy is two sorted arrays of u64, and the difference of two policies is set
+arithmetic without a Python object per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cilia.bpf.constants import POLICY_F_DENY, POLICY_META_HAS_DENY
+from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress
+from cilia.policy import PolicyEntry, PolicyKey
+
+U64Array = npt.NDArray[np.uint64]
+
+_EMPTY: Final = np.empty(0, "u8")
+_DENY_BIT: Final = np.uint64(POLICY_F_DENY << 48)
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """plens_id and plens_any of struct policy_meta, ingress then egress."""
+
+    id: tuple[int, int]
+    any: tuple[int, int]
+
+    def union(self, other: Masks, *, extra: int = 0) -> Masks:
+        return Masks(
+            (self.id[0] | other.id[0] | extra, self.id[1] | other.id[1] | extra),
+            (self.any[0] | other.any[0] | extra, self.any[1] | other.any[1] | extra),
+        )
+
+
+NO_MASKS: Final = Masks((0, 0), (0, 0))
+
+
+class PolicyRows:
+    """Immutable. Equal when every row is, whatever the hit counters say."""
+
+    __slots__ = ("keys", "values")
+
+    def __init__(self, keys: U64Array, values: U64Array) -> None:
+        order = np.argsort(keys, kind="stable")
+        self.keys: U64Array = keys[order]
+        self.values: U64Array = values[order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PolicyRows):
+            return NotImplemented
+        return bool(
+            np.array_equal(self.keys, other.keys) and np.array_equal(self.values, other.values)
+        )
+
+    def __hash__(self) -> int:
+        return hash((len(self.keys), self.keys.tobytes()[:64]))
+
+    def __repr__(self) -> str:
+        return f"<PolicyRows {len(self)}>"
+
+    @classmethod
+    def from_entries(cls, entries: Iterable[tuple[PolicyKey, PolicyEntry]]) -> PolicyRows:
+        """Rows of a map state. Audit is the endpoint's flag (EP_F_AUDIT), no row's."""
+        keys = []
+        values = []
+        for key, entry in entries:
+            keys.append((key.identity, key.port, key.proto, plen_egress(key.plen, key.egress)))
+            flags = POLICY_F_DENY if entry.deny else 0
+            values.append((entry.rule_id, entry.proxy_port, flags, 0, 0))
+        if not keys:
+            return cls(_EMPTY, _EMPTY)
+        return cls.from_arrays(np.array(keys, POLICY_KEY), np.array(values, POLICY_VALUE))
+
+    @classmethod
+    def from_arrays(cls, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> PolicyRows:
+        """From rows as the map holds them."""
+        if not len(keys):
+            return cls(_EMPTY, _EMPTY)
+        words = np.ascontiguousarray(values).view("u8").reshape(len(values), 2)[:, 0]
+        return cls(np.ascontiguousarray(keys).view("u8").reshape(len(keys)), words.copy())
+
+    def key_array(self) -> npt.NDArray[Any]:
+        return self.keys.view(POLICY_KEY)
+
+    def value_array(self) -> npt.NDArray[Any]:
+        """Full values, hit counters zero."""
+        out = np.zeros((len(self.values), 2), "u8")
+        out[:, 0] = self.values
+        return out.view(POLICY_VALUE).reshape(len(self.values))
+
+    def take(self, chosen: npt.NDArray[Any]) -> PolicyRows:
+        return PolicyRows(self.keys[chosen], self.values[chosen])
+
+    @property
+    def denies(self) -> npt.NDArray[np.bool_]:
+        denies: npt.NDArray[np.bool_] = (self.values & _DENY_BIT) != 0
+        return denies
+
+    def masks(self) -> Masks:
+        """Which prefix lengths occur, per direction, with an identity and without one."""
+        if not len(self):
+            return NO_MASKS
+        rows = self.key_array()
+        has_deny = POLICY_META_HAS_DENY if bool(self.denies.any()) else 0
+        plens = (rows["l4_plen_egress"] & 0x7F).astype("u4")
+        egress = rows["l4_plen_egress"] >> 7 != 0
+        named = rows["identity"] != 0
+
+        def mask(direction: bool, with_identity: bool) -> int:
+            chosen = (egress == direction) & (named == with_identity)
+            return int(np.bitwise_or.reduce(np.uint32(1) << plens[chosen])) if chosen.any() else 0
+
+        # The deny bit is the policy's, not a direction's: a spare probe costs less than a doubt.
+        return Masks(
+            (mask(False, True) | has_deny, mask(True, True) | has_deny),
+            (mask(False, False) | has_deny, mask(True, False) | has_deny),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowsDelta:
+    """What turns one policy into another, in the order in which it may be written.
+
+    The traffic allowed is what some allow row matches and no deny row does. Denials first, then new
+    allows, then old allows away, then old denials away: at each point what is allowed was allowed
+    by the old policy or is by the new one, and what both allow is never interrupted.
+    """
+
+    put_denies: PolicyRows
+    put_allows: PolicyRows
+    drop_allows: PolicyRows
+    lift_denies: PolicyRows  # deny rows that become allow rows
+    drop_denies: PolicyRows
+
+    def __len__(self) -> int:
+        return (
+            len(self.put_denies)
+            + len(self.put_allows)
+            + len(self.drop_allows)
+            + len(self.lift_denies)
+            + len(self.drop_denies)
+        )
+
+
+def difference(old: PolicyRows, new: PolicyRows) -> RowsDelta:
+    """What must be written where `old` is in force and `new` is wanted."""
+    in_new = np.isin(old.keys, new.keys, assume_unique=True)
+    in_old = np.isin(new.keys, old.keys, assume_unique=True)
+    gone = old.take(~in_new)
+    # Rows of one key in both, aligned, as both sides are sorted by key.
+    common_old, common_new = old.take(in_new), new.take(in_old)
+    changed = common_old.values != common_new.values
+    was_deny = common_old.denies
+    fresh = new.take(~in_old)
+    lifted = changed & was_deny & ~common_new.denies
+    rewritten = common_new.take(changed & ~lifted)
+    put = PolicyRows(
+        np.concatenate([fresh.keys, rewritten.keys]),
+        np.concatenate([fresh.values, rewritten.values]),
+    )
+    return RowsDelta(
+        put_denies=put.take(put.denies),
+        put_allows=put.take(~put.denies),
+        drop_allows=gone.take(~gone.denies),
+        lift_denies=common_new.take(lifted),
+        drop_denies=gone.take(gone.denies),
+    )

@@ -1,0 +1,99 @@
+"""The ipcache: prefix -> identity, an LPM trie that every program asks "who is that?".
+
+After any change the runtime epoch is raised: connections admitted under an older epoch look their
+peer up again. Rows first, epoch after; a reader that sees the new epoch sees the new rows. (The
+epoch is raised by Regeneration, once for all that a flush changed.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from cilia.bpf import Map
+from cilia.bpf.layout import IPCACHE_KEY, IPCACHE_VALUE, from_addr, to_addr
+from cilia.reconcile import Reconciler
+from cilia.table import ReadTable
+from services.agent.datapath import Datapath
+from services.agent.rows import IpcacheRow, Network
+
+_V4_BITS = 96  # of the IPv4-mapped prefix
+
+
+def key_of(prefix: Network) -> bytes:
+    """struct ipcache_key of a prefix."""
+    key = np.zeros(1, IPCACHE_KEY)
+    key["prefixlen"] = prefix.prefixlen + (_V4_BITS if prefix.version == 4 else 0)
+    key["addr"] = np.void(to_addr(prefix.network_address))
+    return key.tobytes()
+
+
+def prefix_of(key: np.void) -> Network:
+    """The prefix of a struct ipcache_key."""
+    from ipaddress import ip_network
+
+    raw = bytes(key["addr"])
+    length = int(key["prefixlen"])
+    if length >= _V4_BITS and raw.startswith(b"\0" * 10 + b"\xff\xff"):
+        return ip_network((from_addr(raw), length - _V4_BITS))
+    return ip_network((raw, length))
+
+
+def value_of(row: IpcacheRow) -> bytes:
+    value = np.zeros(1, IPCACHE_VALUE)
+    value["identity"] = row.identity
+    value["tunnel_be"] = int(row.tunnel) if row.tunnel else 0
+    return value.tobytes()
+
+
+class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
+    """Knows what the trie holds, so unchanged rows cost nothing and raise no epoch."""
+
+    def __init__(self, desired: ReadTable[Network, IpcacheRow], datapath: Datapath) -> None:
+        super().__init__("ipcache", desired)
+        self._datapath = datapath
+        self._actual: dict[bytes, bytes] = {}
+        self.changes = 0  # rows written or removed since start
+
+    @property
+    def _map(self) -> Map:
+        return self._datapath.map("cilia_ipcache")
+
+    async def read_back(self) -> None:
+        self._actual = await self._datapath.run(lambda: dict(self._map.items()))
+
+    async def update_batch(self, rows: Mapping[Network, IpcacheRow]) -> Mapping[Network, Exception]:
+        wanted = {key_of(prefix): value_of(row) for prefix, row in rows.items()}
+        changed = {k: v for k, v in wanted.items() if self._actual.get(k) != v}
+        if changed:
+            await self._datapath.run(self._write, changed)
+            self._actual.update(changed)
+            self.changes += len(changed)
+        return {}
+
+    def _write(self, rows: dict[bytes, bytes]) -> None:
+        if len(rows) < 16:
+            for key, value in rows.items():
+                self._map.update(key, value)
+            return
+        self._map.update_batch(
+            np.frombuffer(b"".join(rows), IPCACHE_KEY),
+            np.frombuffer(b"".join(rows.values()), IPCACHE_VALUE),
+        )
+
+    async def delete_batch(self, rows: Mapping[Network, IpcacheRow]) -> Mapping[Network, Exception]:
+        await self._remove([key_of(prefix) for prefix in rows])
+        return {}
+
+    async def prune(self, rows: Collection[IpcacheRow]) -> None:
+        wanted = {key_of(row.prefix) for row in rows}
+        await self._remove([key for key in self._actual if key not in wanted])
+
+    async def _remove(self, keys: list[bytes]) -> None:
+        present = [key for key in keys if key in self._actual]
+        if present:
+            await self._datapath.run(lambda: [self._map.delete(key) for key in present])
+            for key in present:
+                del self._actual[key]
+            self.changes += len(present)

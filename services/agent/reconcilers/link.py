@@ -1,0 +1,89 @@
+"""The wire of an endpoint: a veth pair with addresses, routes and permanent neighbours.
+
+    workload's namespace                         node
+    eth0  10.217.0.5/32, fd00:c111::5/128  ────  cil00042  (programs)
+      10.217.0.1 dev eth0                          10.217.0.5 dev cil00042 src 10.217.0.1
+      default via 10.217.0.1 dev eth0              10.217.0.5 lladdr <eth0> permanent
+      10.217.0.1 lladdr <cil00042> permanent
+
+Neither side ever asks for the other's link layer address, and duplicate address detection is off:
+the addresses are ours to give.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface, ip_network
+from typing import Final
+
+from cilia.identity import EndpointID
+from cilia.net import sysctl
+from cilia.net.device import Network
+from cilia.net.errors import NamespaceGone
+from cilia.net.netns import NetNS
+from cilia.reconcile import Reconciler
+from cilia.table import ReadTable
+from services.agent.datapath import Datapath
+from services.agent.rows import LinkRow
+
+Address = IPv4Address | IPv6Address
+
+_DEFAULT4: Final = IPv4Network("0.0.0.0/0")
+_DEFAULT6: Final = IPv6Network("::/0")
+
+
+class LinkReconciler(Reconciler[EndpointID, LinkRow]):
+    """Brings wires up and keeps them so. The veth itself is made by Wiring, before its programs."""
+
+    def __init__(
+        self,
+        desired: ReadTable[EndpointID, LinkRow],
+        datapath: Datapath,
+        *,
+        router4: IPv4Address,
+        router6: IPv6Address,
+    ) -> None:
+        super().__init__("link", desired)
+        self._datapath = datapath
+        self._router4 = router4
+        self._router6 = router6
+
+    async def update(self, row: LinkRow) -> None:
+        await self._datapath.run(self._connect, row)
+
+    def _addresses(self, row: LinkRow) -> list[tuple[Address, Address, IPv4Network | IPv6Network]]:
+        found: list[tuple[Address, Address, IPv4Network | IPv6Network]] = []
+        if row.ipv4 is not None:
+            found.append((row.ipv4, self._router4, _DEFAULT4))
+        if row.ipv6 is not None:
+            found.append((row.ipv6, self._router6, _DEFAULT6))
+        return found
+
+    def _connect(self, row: LinkRow) -> None:
+        with Network() as host:
+            sysctl.set_device(row.host_interface, sysctl.HOST_SIDE)
+            host.ensure_link(row.host_interface, mtu=row.mtu, up=True)
+            try:
+                self._connect_workload(row)
+            except NamespaceGone:
+                # Its name is gone; the namespace lives while the pair does, and is as we made it.
+                host.link(row.host_interface)
+            for address, router, _ in self._addresses(row):
+                host.ensure_route(ip_network(address), device=row.ifindex, source=router)
+                host.ensure_neighbour(row.ifindex, address, row.mac.hex(":"))
+
+    def _connect_workload(self, row: LinkRow) -> None:
+        with NetNS.open(row.netns) as netns, Network(netns) as workload:
+            sysctl.set_device(row.interface, sysctl.WORKLOAD, netns=netns)
+            link = workload.ensure_link(row.interface, mtu=row.mtu, up=True)
+            for address, router, default in self._addresses(row):
+                workload.ensure_address(link.index, ip_interface(address))
+                workload.ensure_route(ip_network(router), device=link.index)
+                workload.ensure_neighbour(link.index, router, row.node_mac.hex(":"))
+                workload.ensure_route(default, device=link.index, gateway=router)
+
+    async def delete(self, row: LinkRow) -> None:
+        def erase() -> None:
+            with Network() as host:
+                host.delete_link(row.host_interface)
+
+        await self._datapath.run(erase)

@@ -1,0 +1,261 @@
+"""Policy maps: the inner maps of cilia_policy and the rows of cilia_policy_meta.
+
+Order of every change (bpf/lib/types.h, struct policy_meta), so that no reader ever allows what
+neither the old nor the new policy allows:
+
+    masks = old | new | HAS_DENY, and the CHANGING mark
+      -> rows one by one (denials, allows, allows away, denials away)   small change
+         or a new inner map, filled and then swapped in                 large change
+        -> masks = new
+          -> rev = the next number of the node, a write that changes nothing else
+            -> the mark is cleared
+
+The mark (policy_meta.flags, which the programs do not read) says after a crash that rows may be
+newer than the revision under which connections were admitted: such a slot gets a new revision.
+
+Revisions are one counter a node. A freed slot keeps its last one, so the largest number in the
+pinned array is always the last that was given, and no connection can outlive its revision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from cilia.bpf import Map
+from cilia.bpf.constants import POLICY_META_HAS_DENY
+from cilia.bpf.layout import POLICY_KEY, POLICY_META, POLICY_VALUE, U32
+from cilia.bpf.uapi import F_NO_PREALLOC, MapType
+from cilia.errors import ExhaustedError
+from cilia.reconcile import Reconciler
+from cilia.table import ReadTable
+from services.agent.datapath import Datapath
+from services.agent.endpoint import SlotIndex, SubjectKey
+from services.agent.policyrows import NO_MASKS, Masks, PolicyRows, difference
+from services.agent.rows import PolicyMapRow
+
+CHANGING: Final = 1 << 0  # policy_meta.flags
+_SMALLEST: Final = 64
+_ROWWISE_LIMIT: Final = 512
+
+
+class PolicyTooLarge(ExhaustedError):
+    def __init__(self, row: PolicyMapRow, allowed: int) -> None:
+        who = ", ".join(row.users[:3]) + (", ..." if len(row.users) > 3 else "")
+        super().__init__(
+            f"policy of {who or 'no endpoint'} (identity {row.subject.identity}) needs "
+            f"{len(row.rows)} map entries, {allowed} are allowed; the policy that was in force stays",
+            cure="Raise --bpf-policy-map-max, or write fewer or broader rules",
+        )
+
+
+@dataclass(slots=True)
+class _Actual:
+    """What a slot holds, as far as we know."""
+
+    inner: Map
+    rows: PolicyRows
+    masks: Masks
+    rev: int
+    changing: bool
+
+
+class PolicyMaps:
+    """The kernel side, blocking: runs on the datapath's executor, one call at a time."""
+
+    def __init__(self, *, policy: Map, meta: Map, limit: int) -> None:
+        self._policy = policy
+        self._meta = meta
+        self._limit = limit
+        self._actual: dict[int, _Actual] = {}
+        self._last_rev = 0
+
+    @property
+    def last_rev(self) -> int:
+        return self._last_rev
+
+    def rev(self, slot: int) -> int:
+        actual = self._actual.get(slot)
+        return actual.rev if actual else 0
+
+    def read_back(self) -> None:
+        """Take what is pinned as the actual state."""
+        slots, metas = self._meta.items_np(U32, POLICY_META)
+        self._last_rev = int(metas["rev"].max(initial=0))
+        self._actual.clear()
+        used = (metas["rev"] != 0) | (metas["flags"] != 0)
+        for slot in slots[used].tolist():
+            self._read_slot(slot)
+
+    def _read_slot(self, slot: int) -> None:
+        raw = self._meta.lookup(int(slot).to_bytes(4, "little"))
+        inner_id = self._policy.inner_id(slot)
+        if raw is None or inner_id is None:
+            self._actual.pop(slot, None)
+            return
+        meta = np.frombuffer(raw, POLICY_META)[0]
+        inner = Map.from_id(inner_id, f"policy {slot}")
+        keys, values = inner.items_np(POLICY_KEY, POLICY_VALUE)
+        self._actual[slot] = _Actual(
+            inner=inner,
+            rows=PolicyRows.from_arrays(keys, values),
+            masks=Masks(
+                (int(meta["plens_id"][0]), int(meta["plens_id"][1])),
+                (int(meta["plens_any"][0]), int(meta["plens_any"][1])),
+            ),
+            rev=int(meta["rev"]),
+            changing=bool(meta["flags"] & CHANGING),
+        )
+
+    def slots(self) -> frozenset[int]:
+        return frozenset(self._actual)
+
+    def write(self, row: PolicyMapRow) -> bool:
+        """Make the slot hold the row's policy; False when it did. Raises PolicyTooLarge, BpfError."""
+        rows = row.rows
+        if len(rows) > self._limit:
+            raise PolicyTooLarge(row, self._limit)
+        actual = self._actual.get(row.slot)
+        masks = rows.masks()
+        if (
+            actual is not None
+            and not actual.changing
+            and actual.rev
+            and actual.masks == masks
+            and actual.rows == rows
+        ):
+            return False
+        old_masks = actual.masks if actual else NO_MASKS
+        rev = actual.rev if actual else 0
+        if actual is None:
+            # The slot may carry the revision of its last owner; its rows are gone.
+            raw = self._meta.lookup(int(row.slot).to_bytes(4, "little"))
+            rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
+        union = old_masks.union(masks, extra=POLICY_META_HAS_DENY)
+        if actual is not None:
+            actual.changing = True
+        self._put_meta(row.slot, rev, union, CHANGING)
+        try:
+            inner = self._write_rows(row.slot, actual, rows)
+        except OSError:
+            self._read_slot(row.slot)  # some rows may be in: know which before the next try
+            raise
+        self._put_meta(row.slot, rev, masks, CHANGING)
+        self._last_rev += 1
+        self._put_meta(row.slot, self._last_rev, masks, CHANGING)
+        self._put_meta(row.slot, self._last_rev, masks, 0)
+        self._actual[row.slot] = _Actual(inner, rows, masks, self._last_rev, False)
+        return True
+
+    def _write_rows(self, slot: int, actual: _Actual | None, rows: PolicyRows) -> Map:
+        if actual is not None:
+            delta = difference(actual.rows, rows)
+            # Both policies are in the map for a moment, so it must have room for their union.
+            peak = len(actual.rows) + len(delta.put_denies) + len(delta.put_allows)
+            if len(delta) <= max(_ROWWISE_LIMIT, len(rows) // 8) and (
+                peak <= actual.inner.max_entries
+            ):
+                for put in (delta.put_denies, delta.put_allows):
+                    if len(put):
+                        actual.inner.update_batch(put.key_array(), put.value_array())
+                if len(delta.drop_allows):
+                    actual.inner.delete_batch(delta.drop_allows.key_array())
+                if len(delta.lift_denies):
+                    actual.inner.update_batch(
+                        delta.lift_denies.key_array(), delta.lift_denies.value_array()
+                    )
+                if len(delta.drop_denies):
+                    actual.inner.delete_batch(delta.drop_denies.key_array())
+                return actual.inner
+        size = _SMALLEST
+        while size < 2 * len(rows) and size < self._limit:
+            size *= 2
+        inner = Map.create(
+            MapType.HASH,
+            f"policy_{slot}",
+            POLICY_KEY.itemsize,
+            POLICY_VALUE.itemsize,
+            max(min(size, self._limit), len(rows), 1),
+            F_NO_PREALLOC,
+        )
+        if len(rows):
+            inner.update_batch(rows.key_array(), rows.value_array())
+        self._policy.set_inner(slot, inner)
+        return inner
+
+    def erase(self, slot: int) -> None:
+        """Empty a slot: no row matches, everything is denied. Its revision stays behind."""
+        raw = self._meta.lookup(int(slot).to_bytes(4, "little"))
+        rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
+        if rev:
+            self._put_meta(slot, rev, NO_MASKS, 0)
+        self._policy.clear_inner(slot)
+        self._actual.pop(slot, None)
+
+    def _put_meta(self, slot: int, rev: int, masks: Masks, flags: int) -> None:
+        value = np.zeros(1, POLICY_META)
+        value["rev"] = rev
+        value["flags"] = flags
+        value["plens_id"] = masks.id
+        value["plens_any"] = masks.any
+        self._meta.update(int(slot).to_bytes(4, "little"), value.tobytes())
+
+    def close(self) -> None:
+        for actual in self._actual.values():
+            actual.inner.close()
+        self._actual.clear()
+
+
+class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
+    """Keyed by subject; a subject keeps its slot for life."""
+
+    updates_first = True
+
+    def __init__(
+        self, desired: ReadTable[SubjectKey, PolicyMapRow], datapath: Datapath, *, limit: int
+    ) -> None:
+        super().__init__("policymap", desired)
+        self._datapath = datapath
+        self._limit = limit
+        self._maps: PolicyMaps | None = None
+
+    @property
+    def maps(self) -> PolicyMaps:
+        assert self._maps is not None, "read_back() comes first"
+        return self._maps
+
+    async def read_back(self) -> None:
+        self._maps = PolicyMaps(
+            policy=self._datapath.map("cilia_policy"),
+            meta=self._datapath.map("cilia_policy_meta"),
+            limit=self._limit,
+        )
+        await self._datapath.run(self._maps.read_back)
+
+    async def update_batch(
+        self, rows: Mapping[SubjectKey, PolicyMapRow]
+    ) -> Mapping[SubjectKey, Exception]:
+        return await self._datapath.run(self._write_all, list(rows.items()))
+
+    def _write_all(
+        self, rows: list[tuple[SubjectKey, PolicyMapRow]]
+    ) -> dict[SubjectKey, Exception]:
+        failed: dict[SubjectKey, Exception] = {}
+        for key, row in rows:
+            try:
+                self.maps.write(row)
+            except (PolicyTooLarge, OSError) as error:
+                failed[key] = error
+        return failed
+
+    async def delete(self, row: PolicyMapRow) -> None:
+        await self._datapath.run(self.maps.erase, row.slot)
+
+    async def prune(self, rows: Collection[PolicyMapRow]) -> None:
+        """Empties the slots that an earlier run left and no subject has now."""
+        wanted = {row.slot for row in rows}
+        for slot in self.maps.slots() - wanted:
+            await self._datapath.run(self.maps.erase, SlotIndex(slot))

@@ -1,0 +1,453 @@
+"""One flush: what changed is folded into the calculation, its results are made real, in one order.
+
+    cluster view, endpoints, host addresses
+      -> calculation                      (pure)
+        -> policy maps                    rows of every subject that changed
+          -> ipcache                      names policy already knows
+            -> announcement               other nodes may send
+              -> endpoint rows            the slot that is filled, the identity, EP_F_OPEN
+                -> epoch                  live connections look their peers up again
+                  -> freed slots, identities nobody carries any more
+
+An endpoint is opened only after the policy of its very subject is in its slot. One whose new
+policy cannot be programmed keeps what is in force, and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+
+import structlog
+
+from cilia.bpf.constants import EP_F_AUDIT, EP_F_OPEN
+from cilia.controller import describe
+from cilia.errors import DomainError
+from cilia.identity import EndpointID, NumericIdentity, is_cluster
+from cilia.policy import Document, DocumentError
+from cilia.reconcile import State
+from cilia.table import ReadTable, Table
+from cilia.telemetry import fields
+from services.agent import metrics
+from services.agent.calculation import Calculation
+from services.agent.clusterwatch import Changes, ClusterView, PolicyName
+from services.agent.datapath import Datapath
+from services.agent.endpoint import Endpoint, EndpointState, SubjectKey
+from services.agent.endpointtable import Endpoints
+from services.agent.notifications import Notifier
+from services.agent.reconcilers.endpointmap import EndpointMapReconciler
+from services.agent.reconcilers.ipcache import IpcacheReconciler
+from services.agent.reconcilers.policymap import PolicyMapReconciler
+from services.agent.rows import EndpointMapRow, IpcacheRow, Network, PolicyMapRow
+
+log = structlog.get_logger()
+
+NO_POLICY_SET = (
+    "policy is not known: the identity service was not reached and no policy set was saved; "
+    "packets are dropped until it is (start the identity service)"
+)
+_CLOSED_STATES = frozenset({EndpointState.DISCONNECTING, EndpointState.DISCONNECTED})
+
+
+@dataclass(slots=True)
+class Pending:
+    """Inputs that came since the last flush: which keys to look at again."""
+
+    identities: set[NumericIdentity] = field(default_factory=set)
+    policies: set[PolicyName] = field(default_factory=set)
+    ips: bool = False
+    force: set[SubjectKey] = field(default_factory=set)
+    everything: bool = True  # the first flush looks at all there is
+
+
+class Regeneration:
+    """Owns the desired tables and the order in which they become real."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        view: ClusterView,
+        endpoints: Endpoints,
+        calculation: Calculation,
+        datapath: Datapath,
+        notifier: Notifier,
+        announce: Callable[[], Awaitable[None]],
+        policy_limit: int,
+    ) -> None:
+        self._node = node
+        self._view = view
+        self._endpoints = endpoints
+        self.calculation = calculation
+        self._datapath = datapath
+        self._notifier = notifier
+        self._announce = announce
+        self.pending = Pending()
+        self._policies: Table[SubjectKey, PolicyMapRow] = Table(
+            "policymap", key=lambda row: row.subject
+        )
+        self._ipcache: Table[Network, IpcacheRow] = Table("ipcache", key=lambda row: row.prefix)
+        self._rows: Table[EndpointID, EndpointMapRow] = Table("endpointmap", key=lambda row: row.id)
+        self.policymap = PolicyMapReconciler(self._policies.reader(), datapath, limit=policy_limit)
+        self.ipcache = IpcacheReconciler(self._ipcache.reader(), datapath)
+        self.endpointmap = EndpointMapReconciler(self._rows.reader(), datapath)
+        self._subject_errors: dict[SubjectKey, str] = {}
+        self._document_errors: dict[PolicyName, str] = {}
+        self._kept_revision: dict[EndpointID, int] = {}  # of endpoints whose policy is stale
+        self._epoch_due = False
+        self.realised_revision = 0
+        self._begun = 0  # flushes
+        self._ended = 0  # the number of the last flush that ended well
+        self._realised = asyncio.Event()
+        self._trigger: Callable[[], None] = lambda: None
+
+    # ---- what others see
+
+    @property
+    def tables(self) -> tuple[ReadTable[SubjectKey, PolicyMapRow], ...]:
+        return (self._policies.reader(), self._ipcache.reader(), self._rows.reader())  # type: ignore[return-value]  # tables of different rows, for printing
+
+    @property
+    def ipcache_rows(self) -> ReadTable[Network, IpcacheRow]:
+        return self._ipcache.reader()
+
+    @property
+    def policies(self) -> ReadTable[SubjectKey, PolicyMapRow]:
+        return self._policies.reader()
+
+    @property
+    def synced(self) -> bool:
+        """Whether a whole policy set is known, live or as it was last saved."""
+        return self._view.synced
+
+    @property
+    def document_errors(self) -> dict[PolicyName, str]:
+        return dict(self._document_errors)
+
+    @property
+    def failing(self) -> dict[SubjectKey, str]:
+        return dict(self._subject_errors)
+
+    def revision_of(self, endpoint: Endpoint) -> int:
+        """The store revision of the policy set that the endpoint's policy was made from."""
+        if not endpoint.open:
+            return 0
+        return self._kept_revision.get(endpoint.id, self.realised_revision)
+
+    def trigger_by(self, trigger: Callable[[], None]) -> None:
+        """How to ask for a flush: the controller's trigger."""
+        self._trigger = trigger
+
+    def changed(self, changes: Changes) -> None:
+        """Marks work; the flush does it."""
+        self.pending.identities |= changes.identities
+        self.pending.policies |= changes.policies
+        self.pending.ips = self.pending.ips or bool(changes.ips)
+
+    def force(self, subject: SubjectKey) -> None:
+        """Resolve and write this subject again although nothing says that it changed."""
+        self.pending.force.add(subject)
+
+    async def wait_folded(self) -> None:
+        """Returns when a flush that began after now has made everything known now real."""
+        wanted = self._begun + 1
+        self._trigger()
+        while self._ended < wanted:
+            await self._realised.wait()
+
+    # ---- the flush
+
+    async def read_back(self) -> list[tuple[EndpointID, int, int, int]]:
+        """Take the kernel's state as actual; returns (id, ifindex, identity, slot) of its rows."""
+        await self.policymap.read_back()
+        await self.ipcache.read_back()
+        rows = await self.endpointmap.read_back()
+        self._epoch_due = True  # a crash may have come between rows and epoch
+        return [
+            (
+                EndpointID(int(row["id"])),
+                int(row["ifindex"]),
+                int(row["identity"]),
+                int(row["policy_slot"]),
+            )
+            for row in rows
+        ]
+
+    async def flush(self) -> None:
+        """One round. Row errors stay with their endpoints; raises only what stops everything."""
+        started = time.monotonic()
+        self._begun += 1
+        changes_before = (
+            self.ipcache.changes,
+            self.endpointmap.identity_changes,
+        )
+        self._fold()
+        calculation = self.calculation
+        calculation.set_users(
+            endpoint for endpoint in self._endpoints if endpoint.state not in _CLOSED_STATES
+        )
+        revision = self._view.policy_revision
+        gone_prefixes = calculation.cidrs.release_due()
+        await self._datapath.run(calculation.cidrs.save)
+        if self._view.synced:
+            await self._resolve()
+            await self.policymap.flush()
+            self._note_policy_errors()
+        self._adopt_policies()
+        await self._flush_ipcache()
+        await self._announce()
+        await self._flush_endpoint_rows()
+        if self._epoch_due or changes_before != (
+            self.ipcache.changes,
+            self.endpointmap.identity_changes,
+        ):
+            await self._datapath.raise_epoch()
+            self._epoch_due = False
+        if self._view.synced:
+            await self._free_slots()
+            self._settle_endpoints(revision)
+            self.realised_revision = revision
+        calculation.release_prefixes(gone_prefixes)
+        if self._view.live:
+            self._ipcache.mark_synced()
+        if self._view.synced:
+            self._policies.mark_synced()
+            self._rows.mark_synced()
+        self._ended = self._begun
+        self._realised.set()
+        self._realised = asyncio.Event()
+        metrics.REGENERATION_SECONDS.observe(time.monotonic() - started)
+
+    def _fold(self) -> None:
+        pending, self.pending = self.pending, Pending(everything=False)
+        view, calculation = self._view, self.calculation
+        identities = set(view.identities) if pending.everything else pending.identities
+        for number in identities:
+            if not is_cluster(number):
+                continue
+            entry = view.identities.get(number)
+            if entry is not None:
+                calculation.put_identity(number, entry.labels)
+            elif not self._in_use(number):
+                calculation.remove_identity(number)
+        # Ours are known before the cluster tells us about them.
+        for endpoint in self._endpoints:
+            if endpoint.identity is not None and is_cluster(endpoint.identity):
+                calculation.put_identity(endpoint.identity, endpoint.identity_labels)
+        names = set(view.policies) if pending.everything else pending.policies
+        if names or pending.everything:
+            self._fold_policies(names)
+        calculation.mark_dirty(pending.force)
+
+    def _in_use(self, number: NumericIdentity) -> bool:
+        return any(
+            number in (endpoint.identity, endpoint.realised_identity)
+            for endpoint in self._endpoints
+        )
+
+    def _fold_policies(self, names: set[PolicyName]) -> None:
+        puts: dict[PolicyName, Document] = {}
+        removed = []
+        for name in names:
+            entry = self._view.policies.get(name)
+            if entry is None:
+                removed.append(name)
+                self._document_errors.pop(name, None)
+                continue
+            try:
+                puts[name] = entry.parse()
+                self._document_errors.pop(name, None)
+            except DocumentError as error:
+                # Stored by a newer version, most likely. What is not understood must not vanish
+                # from enforcement in silence: the old form stays, and the status says so.
+                self._document_errors[name] = str(error)
+                log.error(
+                    "A stored policy cannot be understood.",
+                    **{fields.POLICY_NAME: str(name), fields.ERROR: str(error)},
+                )
+        self.calculation.set_documents(puts, removed)
+        revision = self._view.policy_revision
+        count = len(self.calculation.documents)
+        if puts:
+            self._notifier.policy_updated(map(str, puts), revision, count)
+        if removed:
+            self._notifier.policy_deleted(map(str, removed), revision, count)
+
+    async def _resolve(self) -> None:
+        calculation = self.calculation
+        for key in sorted(calculation.take_dirty()):
+            for number in calculation.subjects[key].users:
+                self._regenerating(EndpointID(number))
+            try:
+                self._policies.upsert(calculation.policy_row(key))
+                self._subject_errors.pop(key, None)
+            except DomainError as error:
+                self._subject_errors[key] = describe(error)
+            await asyncio.sleep(0)  # a large policy set must not hold the loop
+
+    def _regenerating(self, number: EndpointID) -> None:
+        endpoint = self._endpoints.table.get(number)
+        if endpoint is None:
+            return
+        if endpoint.state is EndpointState.READY:
+            self._endpoints.move(
+                number, EndpointState.WAITING_TO_REGENERATE, "Policy inputs changed"
+            )
+        self._endpoints.move(
+            number, EndpointState.REGENERATING, "Policy is being resolved", builder=True
+        )
+
+    def _note_policy_errors(self) -> None:
+        errors = self.policymap.errors
+        for status in self.policymap.statuses:
+            if status.state is State.DONE and not status.deleting:
+                self._subject_errors.pop(status.key, None)
+        for key, message in errors.items():
+            self._subject_errors[key] = message
+
+    def _done(self, key: SubjectKey) -> PolicyMapRow | None:
+        """The subject's row if its slot holds it."""
+        status = self.policymap.statuses.get(key)
+        if status is None or status.state is not State.DONE or status.deleting:
+            return None
+        return self._policies.get(key)
+
+    def _adopt_policies(self) -> None:
+        """Endpoints whose policy is in its slot take it over."""
+        for endpoint in self._endpoints:
+            key = self.calculation.subject_of(endpoint)
+            if key is None or endpoint.state in _CLOSED_STATES:
+                continue
+            row = self._done(key)
+            if row is None:
+                continue
+            self._endpoints.update(
+                endpoint.id,
+                realised_identity=key.identity,
+                realised=key,
+                slot=row.slot,
+                entries=len(row.rows),
+                ingress_enforced=row.ingress_enforced,
+                egress_enforced=row.egress_enforced,
+            )
+
+    async def _flush_ipcache(self) -> None:
+        wanted = self.calculation.ipcache(
+            node=self._node,
+            endpoints=[e for e in self._endpoints if e.state not in _CLOSED_STATES],
+            cluster=self._view.ips,
+        )
+        self._ipcache.replace_all(wanted.values())
+        await self.ipcache.flush()
+
+    async def _flush_endpoint_rows(self) -> None:
+        for endpoint in self._endpoints:
+            if endpoint.state in _CLOSED_STATES:
+                self._rows.delete(endpoint.id)
+                continue
+            row = self._row_of(endpoint)
+            if row is not None:
+                self._rows.upsert(row)
+        await self.endpointmap.flush()
+
+    def _row_of(self, endpoint: Endpoint) -> EndpointMapRow | None:
+        """None while there is nothing to say, or only what an earlier run has said already."""
+        if not endpoint.ifindex:
+            return None
+        if endpoint.realised is None or not endpoint.wired:
+            if endpoint.state is EndpointState.RESTORING or (endpoint.wired and endpoint.open):
+                return None
+            flags, identity, slot = 0, endpoint.identity or NumericIdentity(0), endpoint.slot
+        else:
+            flags = EP_F_OPEN | (EP_F_AUDIT if endpoint.realised.audit else 0)
+            identity, slot = endpoint.realised.identity, endpoint.slot
+        return EndpointMapRow(
+            id=endpoint.id,
+            ifindex=endpoint.ifindex,
+            identity=identity,
+            slot=slot,
+            flags=flags,
+            mac=endpoint.mac,
+            node_mac=endpoint.node_mac,
+            ipv4=endpoint.ipv4,
+            ipv6=endpoint.ipv6,
+        )
+
+    async def write_closed(self, number: EndpointID) -> None:
+        """The row of a new endpoint before anything else of it exists in the kernel: it drops."""
+        row = self._row_of(self._endpoints.get(number))
+        if row is not None:
+            assert not row.flags & EP_F_OPEN
+            self._rows.upsert(row)
+            await self.endpointmap.flush()
+
+    async def close(self, number: EndpointID) -> None:
+        """Take the endpoint's rows away: from here on its packets are dropped."""
+        self._rows.delete(number)
+        await self.endpointmap.flush()
+
+    def _settle_endpoints(self, revision: int) -> None:
+        for endpoint in self._endpoints:
+            key = self.calculation.subject_of(endpoint)
+            if key is None or endpoint.state in _CLOSED_STATES:
+                continue
+            status = self.endpointmap.statuses.get(endpoint.id)
+            error = self._subject_errors.get(key, "")
+            if not error and status is not None and status.state is State.ERROR:
+                error = f"endpoint row: {status.message}"
+            opened = (
+                endpoint.wired
+                and endpoint.realised is not None
+                and status is not None
+                and status.state is State.DONE
+            )
+            if error:
+                self._kept_revision.setdefault(endpoint.id, self.realised_revision)
+            else:
+                self._kept_revision.pop(endpoint.id, None)
+            self._endpoints.fail(endpoint.id, error)
+            if opened != endpoint.open:
+                self._endpoints.update(endpoint.id, open=opened)
+            if endpoint.state in (EndpointState.REGENERATING,) and (opened or error):
+                self._endpoints.move(
+                    endpoint.id,
+                    EndpointState.READY,
+                    error or f"Policy of revision {revision} is in force",
+                    builder=True,
+                )
+                metrics.REGENERATIONS.labels("fail" if error else "success").inc()
+                self._notifier.endpoint_regenerated(
+                    endpoint.id,
+                    endpoint.name,
+                    endpoint.namespace,
+                    endpoint.identity_labels,
+                    error,
+                )
+        for number in [n for n in self._kept_revision if n not in self._endpoints.table]:
+            del self._kept_revision[number]
+
+    async def _free_slots(self) -> None:
+        """Subjects that no endpoint has, wants or is still held to by a failed change."""
+        needed = set(self.calculation.subjects)
+        needed.update(e.realised for e in self._endpoints if e.realised is not None)
+        idle = [row.subject for row in self._policies if row.subject not in needed]
+        for key in idle:
+            self._policies.delete(key)
+            self._subject_errors.pop(key, None)
+        if idle:
+            await self.policymap.flush()
+            for key in idle:
+                if self.policymap.statuses.get(key) is None:
+                    self.calculation.slots.free(key)
+
+    # ---- host addresses
+
+    def set_host_addresses(self, addresses: frozenset[IPv4Address | IPv6Address]) -> bool:
+        """The node's own addresses; True when they changed."""
+        if addresses == self.calculation.host_addresses:
+            return False
+        self.calculation.host_addresses = addresses
+        return True

@@ -1,0 +1,155 @@
+"""What the kernel should hold, as table rows: one type a reconciler. Frozen, pure, printable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Literal
+
+from cilia.identity import EndpointID, NumericIdentity
+from services.agent.endpoint import SlotIndex, SubjectKey
+from services.agent.policyrows import PolicyRows
+
+Network = IPv4Network | IPv6Network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyMapRow:
+    """One identity's policy, in one slot of cilia_policy."""
+
+    slot: SlotIndex
+    subject: SubjectKey
+    rows: PolicyRows
+    users: tuple[str, ...]  # endpoints that share it, for messages
+    ingress_enforced: bool
+    egress_enforced: bool
+    generation: int  # of the calculation that made it
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("SLOT", "SUBJECT", "ROWS", "INGRESS", "EGRESS", "USERS")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (
+            str(self.slot),
+            str(self.subject),
+            str(len(self.rows)),
+            "enforced" if self.ingress_enforced else "open",
+            "enforced" if self.egress_enforced else "open",
+            ",".join(self.users),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IpcacheRow:
+    """Who is behind a prefix."""
+
+    prefix: Network
+    identity: NumericIdentity
+    tunnel: IPv4Address | None = None
+    source: Literal["reserved", "host", "endpoint", "cidr", "cluster"] = "cluster"
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("PREFIX", "IDENTITY", "SOURCE", "TUNNEL")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (str(self.prefix), str(self.identity), self.source, str(self.tunnel or "-"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointMapRow:
+    """A local endpoint as the datapath sees it: under its addresses and its interface."""
+
+    id: EndpointID
+    ifindex: int
+    identity: NumericIdentity
+    slot: SlotIndex
+    flags: int
+    mac: bytes
+    node_mac: bytes
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("ID", "IFINDEX", "IDENTITY", "SLOT", "FLAGS", "IPV4", "IPV6")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (
+            str(self.id),
+            str(self.ifindex),
+            str(self.identity),
+            str(self.slot),
+            f"{self.flags:#x}",
+            str(self.ipv4 or "-"),
+            str(self.ipv6 or "-"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachRow:
+    """One program on one hook of one interface."""
+
+    hook: str  # names the pinned link
+    interface: str
+    ifindex: int
+    direction: Literal["ingress", "egress"]
+    program: str
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("HOOK", "INTERFACE", "IFINDEX", "DIRECTION", "PROGRAM")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (self.hook, self.interface, str(self.ifindex), self.direction, self.program)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """A device of the host that leads to the world: where masquerade happens."""
+
+    name: str
+    ifindex: int
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+    mac: bytes
+    l3: bool  # without a link layer header
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("NAME", "IFINDEX", "IPV4", "IPV6")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (self.name, str(self.ifindex), str(self.ipv4 or "-"), str(self.ipv6 or "-"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRow:
+    """The wire of an endpoint: veth pair, addresses, routes and neighbours on both sides."""
+
+    id: EndpointID
+    host_interface: str
+    interface: str
+    netns: str
+    ifindex: int
+    mac: bytes
+    node_mac: bytes
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+    mtu: int
+
+    @staticmethod
+    def table_header() -> tuple[str, ...]:
+        return ("ID", "HOST INTERFACE", "NETNS", "INTERFACE", "IPV4", "IPV6", "MTU")
+
+    def table_row(self) -> tuple[str, ...]:
+        return (
+            str(self.id),
+            self.host_interface,
+            self.netns,
+            self.interface,
+            str(self.ipv4 or "-"),
+            str(self.ipv6 or "-"),
+            str(self.mtu),
+        )

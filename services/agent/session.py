@@ -1,0 +1,137 @@
+"""The node's standing with the identity service: one session, its lease, and what hangs on it.
+
+    session  --lease_new-->  references and announcements are put again
+    watch    --messages--->  ClusterView  --changes-->  Regeneration
+
+Both run in controllers: when the service goes away they say so, keep what is known in force, and
+come back by themselves. Nothing is flushed because the service is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from ipaddress import ip_network
+
+from cilia.identity import NumericIdentity
+from services.agent.clients import IdentityClient, IdentityUnavailable, SessionState
+from services.agent.clusterwatch import Changes, ClusterView, IpEntry
+from services.agent.endpoint import Endpoint, EndpointState
+from services.agent.endpointtable import Endpoints
+
+
+class Session:
+    """Keeps the lease. `live` is true between the service's first answer and its going away."""
+
+    def __init__(
+        self, client: IdentityClient, *, lease_ttl_s: int, on_new_lease: Callable[[], None]
+    ) -> None:
+        self._client = client
+        self._lease_ttl_s = lease_ttl_s
+        self._on_new_lease = on_new_lease
+        self.state: SessionState | None = None
+        self._last_lease = 0
+
+    @property
+    def live(self) -> bool:
+        return self.state is not None
+
+    async def keep(self) -> None:
+        """Runs until the service goes away; raises IdentityUnavailable then."""
+        try:
+            async for state in self._client.session(lease_ttl_s=self._lease_ttl_s):
+                fresh = self.state is None
+                self.state = state
+                if fresh or state.lease_new or state.lease_id != self._last_lease:
+                    self._last_lease = state.lease_id
+                    self._on_new_lease()
+        finally:
+            self.state = None
+
+
+class Watch:
+    """Feeds the view; tells who must hear of changes."""
+
+    def __init__(
+        self, client: IdentityClient, view: ClusterView, on_change: Callable[[Changes], None]
+    ) -> None:
+        self._client = client
+        self._view = view
+        self._on_change = on_change
+        self.connected = False
+
+    async def follow(self) -> None:
+        """Runs until the service goes away; raises IdentityUnavailable then."""
+        store_id, revision = self._view.resume_point()
+        self._view.begin()
+        try:
+            async for message in self._client.watch(store_id=store_id, revision=revision):
+                self.connected = True
+                changes = self._view.feed(message)
+                if changes:
+                    self._on_change(changes)
+        finally:
+            self.connected = False
+
+
+class Announcer:
+    """ip -> identity of our endpoints, published under the node's lease: only what differs."""
+
+    def __init__(
+        self, client: IdentityClient, endpoints: Endpoints, session: Session, *, node: str
+    ) -> None:
+        self._client = client
+        self._endpoints = endpoints
+        self._session = session
+        self._node = node
+        self._announced: dict[str, NumericIdentity] = {}
+        self._lock = asyncio.Lock()
+        self.host_ip = ""
+        self.error = ""
+
+    def forget(self) -> None:
+        """The lease is new: nothing of ours is published."""
+        self._announced.clear()
+
+    async def push(self) -> None:
+        """Make the service's picture of us current. Raises IdentityUnavailable."""
+        async with self._lock:
+            wanted: dict[str, tuple[NumericIdentity, Endpoint]] = {}
+            for endpoint in self._endpoints:
+                if endpoint.realised_identity is None or endpoint.state in (
+                    EndpointState.DISCONNECTING,
+                    EndpointState.DISCONNECTED,
+                ):
+                    continue
+                for address in endpoint.addresses:
+                    wanted[str(ip_network(address))] = (endpoint.realised_identity, endpoint)
+            put = [
+                IpEntry(
+                    prefix=prefix,
+                    identity=identity,
+                    node=self._node,
+                    host_ip=self.host_ip,
+                    namespace=endpoint.namespace,
+                    workload=endpoint.name,
+                )
+                for prefix, (identity, endpoint) in wanted.items()
+                if self._announced.get(prefix) != identity
+            ]
+            gone = [prefix for prefix in self._announced if prefix not in wanted]
+            if put or gone:
+                await self._client.announce(put, gone)
+                for entry in put:
+                    self._announced[entry.prefix] = entry.identity
+                for prefix in gone:
+                    self._announced.pop(prefix, None)
+
+    async def try_push(self) -> bool:
+        """As push, but the service's absence, or slowness, is no reason to hold a flush."""
+        if not self._session.live:
+            return False
+        try:
+            async with asyncio.timeout(1.0):
+                await self.push()
+        except (IdentityUnavailable, TimeoutError):
+            return False
+        return True

@@ -1,0 +1,168 @@
+"""How this node is, for people and programs: components, controllers, pools, tables."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from cilia.controller import ControllerSet, ControllerStatus
+from cilia.table import TableDump
+from services.agent.clusterwatch import ClusterView
+from services.agent.datapath import Datapath
+from services.agent.endpoint import EndpointState
+from services.agent.endpointtable import Endpoints
+from services.agent.host import HostNetwork
+from services.agent.identityalloc import IdentityAllocator
+from services.agent.ipam import Ipam, PoolStatus
+from services.agent.monitor import Monitor
+from services.agent.regeneration import NO_POLICY_SET, Regeneration
+from services.agent.session import Session, Watch
+
+State = Literal["Ok", "Warning", "Failure"]
+_RANK = {"Ok": 0, "Warning": 1, "Failure": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    name: str
+    state: State
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    state: State
+    message: str
+    components: tuple[Component, ...]
+    controllers: tuple[ControllerStatus, ...]
+    ipv4: PoolStatus
+    ipv6: PoolStatus
+    endpoint_states: dict[str, int]
+    policy_revision: int
+    realised_revision: int
+    policies: int
+    identities: int
+    events_lost: int
+    devices: tuple[str, ...]
+    tables: tuple[TableDump, ...]
+
+
+class Status:
+    """Looks at everything, owns nothing."""
+
+    def __init__(
+        self,
+        *,
+        view: ClusterView,
+        session: Session,
+        watch: Watch,
+        allocator: IdentityAllocator,
+        endpoints: Endpoints,
+        regeneration: Regeneration,
+        datapath: Datapath,
+        ipam: Ipam,
+        host: HostNetwork,
+        monitor: Monitor,
+        controllers: ControllerSet,
+        tables: Callable[[], tuple[TableDump, ...]],
+        problems: list[str],
+    ) -> None:
+        self._view = view
+        self._session = session
+        self._watch = watch
+        self._allocator = allocator
+        self._endpoints = endpoints
+        self._regeneration = regeneration
+        self._datapath = datapath
+        self._ipam = ipam
+        self._host = host
+        self._monitor = monitor
+        self._controllers = controllers
+        self._tables = tables
+        self._problems = problems
+        self.started_ns = time.time_ns()
+
+    def look(self, *, tables: bool) -> NodeStatus:
+        components = (
+            self._identity(),
+            self._policy(),
+            self._programs(),
+            self._endpoint_component(),
+            self._pools(),
+            self._state_files(),
+        )
+        worst = max(components, key=lambda c: _RANK[c.state])
+        return NodeStatus(
+            state=worst.state,
+            message="OK" if worst.state == "Ok" else f"{worst.name}: {worst.message}",
+            components=components,
+            controllers=self._controllers.statuses(),
+            ipv4=self._ipam.v4.status(),
+            ipv6=self._ipam.v6.status(),
+            endpoint_states=dict(Counter(e.shown_state for e in self._endpoints)),
+            policy_revision=self._view.policy_revision,
+            realised_revision=self._regeneration.realised_revision,
+            policies=len(self._view.policies),
+            identities=len(self._regeneration.calculation.identities),
+            events_lost=self._monitor.lost,
+            devices=tuple(row.name for row in self._host.devices),
+            tables=self._tables() if tables else (),
+        )
+
+    def _identity(self) -> Component:
+        if self._session.live and self._watch.connected and self._view.live:
+            assert self._session.state is not None
+            return Component("identity", "Ok", f"connected, lease {self._session.state.lease_id}")
+        controller = self._controllers.get("identity-session")
+        error = controller.status().last_error if controller is not None else ""
+        kept = "what is known stays in force" if self._view.synced else "nothing is known yet"
+        return Component("identity", "Warning", f"{error or 'not connected yet'}; {kept}")
+
+    def _policy(self) -> Component:
+        if not self._view.synced:
+            return Component("policy", "Failure", NO_POLICY_SET)
+        broken = self._regeneration.document_errors
+        if broken:
+            names = ", ".join(f"{name}: {why}" for name, why in broken.items())
+            return Component("policy", "Failure", f"not understood: {names}")
+        failing = self._regeneration.failing
+        if failing:
+            return Component("policy", "Failure", "; ".join(failing.values()))
+        count = len(self._view.policies)
+        source = "live" if self._view.live else "as last saved"
+        return Component("policy", "Ok", f"{count} documents in force, {source}")
+
+    def _programs(self) -> Component:
+        if self._datapath.load_error:
+            return Component("datapath", "Warning", self._datapath.load_error)
+        errors = self._regeneration.ipcache.errors or self._regeneration.endpointmap.errors
+        if errors:
+            return Component("datapath", "Failure", "; ".join(errors.values()))
+        return Component("datapath", "Ok", "programs are loaded")
+
+    def _endpoint_component(self) -> Component:
+        failing = [e for e in self._endpoints if e.message]
+        if failing:
+            first = failing[0]
+            more = f" (and {len(failing) - 1} more)" if len(failing) > 1 else ""
+            return Component(
+                "endpoints", "Warning", f"{first.qualified_name}: {first.message}{more}"
+            )
+        ready = sum(e.state is EndpointState.READY for e in self._endpoints)
+        return Component("endpoints", "Ok", f"{ready}/{len(self._endpoints.table)} ready")
+
+    def _pools(self) -> Component:
+        for pool in self._ipam.pools:
+            status = pool.status()
+            if status.allocated + status.quarantined >= status.capacity:
+                return Component("ipam", "Warning", f"pool {status.pool} is full")
+        used = self._ipam.v4.status()
+        return Component("ipam", "Ok", f"{used.allocated}/{used.capacity} of {used.pool}")
+
+    def _state_files(self) -> Component:
+        if self._problems:
+            return Component("state", "Warning", "; ".join(self._problems))
+        return Component("state", "Ok", "state files are whole")
