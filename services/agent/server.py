@@ -6,7 +6,7 @@ DomainErrors raised below become status codes in the interceptor of cilia.rpc.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Context = grpc.aio.ServicerContext
+
+
+def _version() -> str:
+    try:
+        return version("cilia")
+    except PackageNotFoundError:
+        return "not installed"  # run from a source tree
 
 
 def _find(endpoints: Endpoints, ref: agent_pb2.EndpointRef) -> Endpoint:
@@ -412,7 +419,7 @@ class StatusServer(agent_pb2_grpc.StatusServiceServicer):
         return convert.status_to_proto(
             self._status.look(tables=request.tables),
             node=self._config.node,
-            version=version("cilia"),
+            version=_version(),
             attach_mode=self._attach_mode,
             enforcement_mode=self._config.enforcement,
             started_ns=self._status.started_ns,
