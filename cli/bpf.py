@@ -105,7 +105,7 @@ def _policy_cells(row: dict[str, Any]) -> list[object]:
         row["direction"],
         "deny" if row["deny"] else "allow",
         row["identity"] if row["identity"] is not None else "ANY",
-        " ".join(row["labels"]) or "-",
+        shapes.short_labels(row["labels"]) or "-",
         _port(row),
         row["proxy_port"] or "NONE",
         row["hits"],
@@ -209,7 +209,12 @@ def ipcache_list(settings: Settings, limit: int) -> None:
         lambda agent: agent.datapath.DumpIpcache(request, timeout=agent.timeout_s),
         shapes.ipcache_row,
         ["IP PREFIX/ADDRESS", "IDENTITY", "LABELS", "TUNNEL"],
-        lambda r: [r["prefix"], r["identity"], " ".join(r["labels"]) or "-", r["tunnel"] or "-"],
+        lambda r: [
+            r["prefix"],
+            r["identity"],
+            shapes.short_labels(r["labels"]) or "-",
+            r["tunnel"] or "-",
+        ],
         key=lambda r: (":" in r["prefix"], r["prefix"]),
     )
 

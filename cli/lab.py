@@ -253,6 +253,10 @@ def exec_(
     Names resolve as they do for the workload's own processes.
     """
     del settings
+    if command[0] == "--":
+        command = command[1:]
+    if not command:
+        raise click.UsageError("name a command after `--`")
     with _explained():
         current = enter.current(lab_name)
         try:

@@ -24,9 +24,6 @@ from protos.agent.v1 import agent_pb2
 
 TYPES = ("drop", "trace", "verdict", "agent")
 
-# Labels that every workload has, or that say where and not what: left out of the short form.
-BORING = ("k8s:io.kubernetes.pod.namespace=", "k8s:io.cilium.k8s.", "k8s:io.kubernetes.pod.")
-
 
 @click.command(
     "monitor",
@@ -98,15 +95,9 @@ def monitor(
             render.warn("\nDisconnected.")
 
 
-def short_labels(items: list[str]) -> str:
-    """The labels that tell workloads apart, without `k8s:`."""
-    kept = [text.removeprefix("k8s:") for text in items if not text.startswith(BORING)]
-    return ",".join(kept)
-
-
 def who(peer: dict[str, Any]) -> str:
     """`31234(org=alliance)`"""
-    labels = short_labels(peer["labels"])
+    labels = shapes.short_labels(peer["labels"])
     number = peer["identity"] if peer["identity"] is not None else "?"
     return f"{number}({labels})" if labels else str(number)
 
@@ -129,23 +120,22 @@ def _what(shape: dict[str, Any]) -> str:
 
 
 def why(shape: dict[str, Any]) -> str:
-    """The service's explanation and the rules that decided, with file and line."""
-    parts = [shape["explanation"]] if shape["explanation"] else []
-    if shape["rule"]:
-        text = shapes.rule_text(shape["rule"])
-        if shape["rule"]["name"] not in (shape["explanation"] or "") or not parts:
-            parts.append(f"rule {text}")
-        elif shapes.rule_place(shape["rule"]) not in parts[0]:
-            parts.append(f"at {shapes.rule_place(shape['rule'])}")
-    elif shape["default_deny"]:
-        named = [shapes.rule_text(item) for item in shape["default_deny"]]
-        if not parts or not all(item["name"] in parts[0] for item in shape["default_deny"]):
-            parts.append("isolated by " + "; ".join(named))
-        else:
-            places = [shapes.rule_place(item) for item in shape["default_deny"]]
-            missing = [place for place in places if place and place not in parts[0]]
-            if missing:
-                parts.append("at " + ", ".join(missing))
+    """The service's explanation, with the rules that decided unless it names them itself."""
+    explanation = shape["explanation"] or ""
+    # The service's sentence begins with who and what, which the line has said already.
+    port = shape["destination"]["port"]
+    said = f" on {port}/{shape['protocol']}: "
+    if port is not None and said in explanation:
+        explanation = explanation.partition(said)[2]
+    parts = [explanation.rstrip(".")] if explanation else []
+    rules = [shape["rule"]] if shape["rule"] else shape["default_deny"]
+    word = "rule" if shape["rule"] else "isolated by"
+    for rule in rules:
+        place = f"{rule['file']}:{rule['line']}"
+        if rule["name"] not in explanation:
+            parts.append(f"{word} {shapes.rule_text(rule)}")
+        elif rule["file"] and rule["line"] and place not in explanation:
+            parts.append(f"at {shapes.rule_place(rule)}")
     return "; ".join(parts)
 
 

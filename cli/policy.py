@@ -176,13 +176,12 @@ def get(settings: Settings, name: tuple[str, ...]) -> None:
     if items:
         render.table(
             settings,
-            ["KIND", "NAMESPACE", "NAME", "RULES", "WRITTEN IN", "REVISION"],
+            ["KIND", "NAMESPACE", "NAME", "WRITTEN IN", "REVISION"],
             [
                 [
                     p.kind,
                     p.namespace or "-",
                     p.name,
-                    len(p.rule_origins),
                     p.origin.source + (f":{p.origin.line}" if p.origin.line else ""),
                     p.revision,
                 ]
@@ -411,11 +410,11 @@ def _show_trace(
         render.line(settings, f"{title}: ", (verdict["verdict"], style))
         if verdict["reason"]:
             render.line(settings, f"  {verdict['reason']}")
-        for rule in verdict["rules"]:
-            render.line(settings, f"  decided by {shapes.rule_text(rule)}")
-        if verdict["verdict"] != "allowed":
-            for rule in verdict["default_deny"]:
-                render.line(settings, f"  isolated by {shapes.rule_text(rule)}")
+        isolating = verdict["default_deny"] if verdict["verdict"] != "allowed" else []
+        for word, rules in (("decided", verdict["rules"]), ("isolated", isolating)):
+            for rule in rules:
+                if rule["name"] not in verdict["reason"]:
+                    render.line(settings, f"  {word} by {shapes.rule_text(rule)}")
     final = shape["verdict"].upper()
     render.line(settings, "")
     render.line(

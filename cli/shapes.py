@@ -17,6 +17,9 @@ from protos.identity.v1 import identity_pb2
 
 NS_PER_S = 1_000_000_000
 
+# Labels that every workload has, or that say where and not what: left out of the short form.
+BORING = ("k8s:io.kubernetes.pod.namespace=", "k8s:io.cilium.k8s.", "k8s:io.kubernetes.pod.")
+
 
 def label_text(label: common_pb2.Label) -> str:
     """`source:key=value`; without a value `source:key`."""
@@ -27,6 +30,12 @@ def label_text(label: common_pb2.Label) -> str:
 def labels(items: Iterable[common_pb2.Label]) -> list[str]:
     """Labels as strings."""
     return [label_text(item) for item in items]
+
+
+def short_labels(items: list[str]) -> str:
+    """The labels that tell workloads apart, without `k8s:`."""
+    kept = [text.removeprefix("k8s:") for text in items if not text.startswith(BORING)]
+    return ",".join(kept)
 
 
 def time_text(time_ns: int) -> str | None:

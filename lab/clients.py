@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cilia.errors import Kind
 from cilia.labels import Label
 from cilia.rpc.channel import connect
 from cilia.rpc.errors import RpcError
@@ -105,11 +106,13 @@ class AgentClient:
         await self._channel.close(None)
 
     async def status(self) -> AgentStatus | None:
-        """None when the agent does not answer."""
+        """None when the agent does not answer. Raises LabError when it answers with an error."""
         try:
             reply = await self._status.Status(agent_pb2.StatusRequest(), timeout=PING_TIMEOUT_S)
-        except RpcError:
-            return None
+        except RpcError as error:
+            if error.kind in (Kind.UNAVAILABLE, Kind.DEADLINE, Kind.CANCELLED):
+                return None
+            raise _lab_error("status", error) from error
         message = reply.message
         for component in reply.components:
             if component.state.lower() not in ("ok", "disabled"):
@@ -163,10 +166,14 @@ class AgentClient:
             raise LabError(f"policy revision {reply.revision} was stored but is not enforced")
         return reply.revision
 
-    async def verdicts(self) -> AsyncIterator[Verdict]:
-        """Verdicts and drops from now on. Ends when the agent goes away."""
+    async def verdicts(self, listening: Callable[[], None]) -> AsyncIterator[Verdict]:
+        """Verdicts and drops; nothing is missed after `listening` was called. Ends when the agent
+        goes away."""
         stream = self._monitor.Monitor(agent_pb2.MonitorRequest(types=["verdict", "drop"]))
         try:
+            # The agent sends its headers once it has subscribed us.
+            await stream.initial_metadata()
+            listening()
             async for item in stream:
                 if item.type in ("verdict", "drop"):
                     yield _verdict(item)

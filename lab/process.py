@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+TAIL_WIDTH = 400  # characters of a log line shown in an error
+
 # $1 cgroup or empty, $2 network namespace or empty, $3 hosts file or empty, $4 resolver file; then
 # the command. The shell puts itself into the cgroup before anything else, so a lab killed at any
 # point leaves no process that the cgroup does not know. Every step is an exec: the pid stays.
@@ -200,4 +202,4 @@ def tail(log: Path, lines: int = 15) -> str:
         text = log.read_text(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])
+    return "\n".join(line[:TAIL_WIDTH] for line in text.splitlines()[-lines:])

@@ -72,8 +72,13 @@ async def _view(lab: LabState) -> LabView:
         agent, message = _state(node.agent), ""
         if agent == "running":
             async with AgentClient(node.agent_socket) as client:
-                status = await client.status()
-                if status is None:
+                try:
+                    status = await client.status()
+                except LabError as error:
+                    status, message = None, error.message
+                if message:
+                    agent = "Failure"
+                elif status is None:
                     agent, message = "silent", "runs, but does not answer"
                 else:
                     agent, message = status.state, status.message

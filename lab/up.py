@@ -61,9 +61,9 @@ def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
             "--node-name", node.name,
             "--bpffs", str(run_dir / "bpf"),
             "--object-dir", str(ROOT / "build" / "bpf"),
-            "--pool", spec.pool4,
-            "--pool", spec.pool6,
-            "--enforcement", spec.enforcement,
+            "--ipv4-pool", spec.pool4,
+            "--ipv6-pool", spec.pool6,
+            "--enable-policy", spec.enforcement,
             *node.agent_args,
         ),
     )  # fmt: skip
