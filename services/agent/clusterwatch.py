@@ -6,7 +6,7 @@ changed. Its dialogue:
     >> ClusterEvents ...   (the snapshot, in pieces)      collected, nothing changes yet
     >> Synced              the snapshot is whole          changes = snapshot against what was held
     >> ClusterEvents       later news                     applied at once
-    >> Reset               a snapshot follows             collect again; the old state stays in force
+    >> Reset               a snapshot follows             collect again; the old stays in force
     >> Bookmark            nothing new                    the resume point moves
 
 Until the first Synced the view holds what was loaded from disk, or nothing; it never holds half a

@@ -18,6 +18,9 @@ Aggregation = Literal["none", "lowest", "low", "medium", "maximum"]
 # The gateway's link-local address: the same on every node, as its link is each endpoint's own.
 ROUTER_LINK_LOCAL: Final = IPv6Address("fe80::c111:1")
 
+DEFAULT_POOL4: Final = IPv4Network("10.217.0.0/16")
+DEFAULT_POOL6: Final = IPv6Network("fd00:c111::/64")
+
 AGGREGATION_LEVEL: Final[dict[str, int]] = {
     "none": 0,
     "lowest": 1,
@@ -83,8 +86,8 @@ class AgentConfig:
     socket_group: str = "cilia"
     metrics_address: str | None = None  # host:port of the Prometheus page; None: off
 
-    pool4: IPv4Network = IPv4Network("10.217.0.0/16")
-    pool6: IPv6Network = IPv6Network("fd00:c111::/64")
+    pool4: IPv4Network = DEFAULT_POOL4
+    pool6: IPv6Network = DEFAULT_POOL6
     mtu: int = 0  # 0: that of the device with the default route, else 1500
     devices: tuple[str, ...] = ()  # empty: every device with a global address
     masquerade4: bool = True
@@ -151,7 +154,7 @@ def check(config: AgentConfig) -> None:
         )
     if not config.node or "/" in config.node:
         raise ConfigInvalid("the node needs a name without '/': give --node-name")
-    if not 2 <= config.map_sizes.policy_slots:
+    if config.map_sizes.policy_slots < 2:
         raise ConfigInvalid("--bpf-policy-slots must be at least 2")
     if config.map_sizes.policy < 1:
         raise ConfigInvalid("--bpf-policy-map-max must be at least 1")

@@ -225,7 +225,7 @@ class Datapath:
 
 
 def wall_offset_ns() -> int:
-    """Wall clock minus CLOCK_MONOTONIC, nanoseconds: added to an event's time it is the time of day."""
+    """Wall clock minus CLOCK_MONOTONIC, in ns: what to add to an event's time."""
     return time.time_ns() - time.monotonic_ns()
 
 

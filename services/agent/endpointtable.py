@@ -1,4 +1,4 @@
-"""The endpoints of this node, and how each got where it is. The one writer of the endpoints table."""
+"""The endpoints of this node and how each got where it is: the table's one writer."""
 
 from __future__ import annotations
 

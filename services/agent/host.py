@@ -1,7 +1,7 @@
 """The node's own network: the router device, the devices that lead to the world, and what changes.
 
     cilia_host ──── cilia_net       one veth pair; cilia_host carries the router addresses, so that
-    10.217.0.1/32                   the node's own packets to endpoints have a source they can answer
+    10.217.0.1/32                   the node's packets to endpoints have a source that is answered
     fd00:c111::1/128
 
 Settings are per device and on our devices only. No global sysctl is changed and no netfilter rule

@@ -1,4 +1,4 @@
-"""Agent notifications: what changed, for those who watch the monitor. Subtypes are Cilium's numbers."""
+"""Agent notifications: what changed, for those who watch. Subtypes are Cilium's numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent's command line: flags, then environment (CILIA_AGENT_<NAME>), then config.py's defaults."""
+"""The agent's command line: flags, then CILIA_AGENT_<NAME>, then config.py's defaults."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig, Logging]:
-    """Raises ConfigInvalid; a flag that does not exist ends the process with 2, as argparse does."""
+    """Raises ConfigInvalid; a flag that does not exist ends the process with 2 (argparse)."""
     p = parser()
     # Given as text, so that the environment is read by the same types and choices as flags.
     from_env: list[str] = []

@@ -47,7 +47,7 @@ class PolicyTooLarge(ExhaustedError):
         who = ", ".join(row.users[:3]) + (", ..." if len(row.users) > 3 else "")
         super().__init__(
             f"policy of {who or 'no endpoint'} (identity {row.subject.identity}) needs "
-            f"{len(row.rows)} map entries, {allowed} are allowed; the policy that was in force stays",
+            f"{len(row.rows)} map entries, {allowed} are allowed; the old policy stays",
             cure="Raise --bpf-policy-map-max, or write fewer or broader rules",
         )
 
@@ -114,7 +114,7 @@ class PolicyMaps:
         return frozenset(self._actual)
 
     def write(self, row: PolicyMapRow) -> bool:
-        """Make the slot hold the row's policy; False when it did. Raises PolicyTooLarge, BpfError."""
+        """Make the slot hold the policy; False when it did. Raises PolicyTooLarge, BpfError."""
         rows = row.rows
         if len(rows) > self._limit:
             raise PolicyTooLarge(row, self._limit)
