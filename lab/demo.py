@@ -713,6 +713,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         screen.line(screen.bad("interrupted"))
         return 130
+    except BrokenPipeError:
+        # The reader went away; the lab is gone all the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except DomainError as error:
         _explain(error)
     except BaseExceptionGroup as errors:
