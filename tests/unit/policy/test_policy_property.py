@@ -51,8 +51,8 @@ PREFIXES = [
     "2001:db8::/32",
     "2001:db8:1::/48",
 ]
-PORTS = [0, 1, 53, 79, 80, 81, 443, 8079, 8080, 65535]
-PROTOS = [1, 6, 17, 58, 132]
+PORTS = [0, 1, 79, 80, 81, 8080, 65535]
+PROTOS = [1, 6, 6, 6, 17, 58, 132]
 
 # ---- documents
 
@@ -171,7 +171,7 @@ def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
             field = st.fixed_dictionaries(
                 {
                     "family": st.sampled_from(["IPv4", "IPv6"]),
-                    "type": st.sampled_from(["0", "1", "53", "80"]),
+                    "type": st.sampled_from(["0", "1", "80"]),
                 }
             )
             found["icmps"] = [{"fields": draw(st.lists(field, max_size=2))}]
@@ -180,11 +180,18 @@ def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
 
 @st.composite
 def rules(draw: st.DrawFn) -> Any:
-    found: dict[str, Any] = {"endpointSelector": draw(selectors)}
+    subject = st.one_of(st.just({}), selectors, st.just({"matchLabels": {"app": "a"}}))
+    found: dict[str, Any] = {"endpointSelector": draw(subject)}
     for name in ("ingress", "egress", "ingressDeny", "egressDeny"):
         if draw(st.integers(0, 2)) == 0 or (name == "ingress" and draw(st.booleans())):
             item = elements(name.startswith("egress"), name.endswith("Deny"))
             found[name] = draw(st.lists(item, max_size=3))
+    if draw(st.integers(0, 3)) == 0:
+        # The same element allowed and denied: the rows have equal keys, not only overlapping ones.
+        direction = draw(st.sampled_from(["ingress", "egress"]))
+        element = draw(elements(direction == "egress", deny=True))
+        found.setdefault(direction, []).append(element)
+        found.setdefault(f"{direction}Deny", []).append(element)
     if draw(st.integers(0, 4)) == 0:
         found["enableDefaultDeny"] = draw(
             st.dictionaries(st.sampled_from(["ingress", "egress"]), st.booleans())
@@ -258,8 +265,8 @@ probes = st.lists(
         st.sampled_from(PROTOS),
         st.sampled_from(PORTS),
     ),
-    min_size=8,
-    max_size=24,
+    min_size=16,
+    max_size=48,
 )
 
 
