@@ -22,6 +22,7 @@ from tests.bench.node import Node, background, command, inside
 
 ROUNDS = 5
 SECONDS = 1.5
+BULK_SECONDS = 2  # whole seconds: iperf3 takes no others
 PORT = 7777
 BULK_PORT = 5201
 
@@ -108,9 +109,8 @@ def _transactions(paths: Paths, mode: str) -> tuple[list[float], list[float]]:
 
 def _bulk(paths: Paths) -> tuple[list[float], list[float]]:
     def measure(address: str) -> float:
-        client = inside(
-            paths.a, "iperf3", "-c", address, "-p", str(BULK_PORT), "-t", str(SECONDS), "-J"
-        )
+        client = inside(paths.a, "iperf3", "-J", "-c", address, "-p", str(BULK_PORT))
+        client += ["-t", str(BULK_SECONDS)]
         report = json.loads(command(*client))
         return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9
 

@@ -27,11 +27,18 @@ PREFIX = "cilt-"
 START_S = 30.0
 STOP_S = 10.0
 CALL_S = 30.0
+COMMAND_S = 60.0
 
 
 def command(*words: str | Path) -> str:
     """Runs a program to its end; raises with what it said when it fails."""
-    done = subprocess.run([str(w) for w in words], text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [str(word) for word in words],
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=COMMAND_S,
+    )
     if done.returncode != 0:
         raise RuntimeError(
             f"{' '.join(map(str, words))}: {done.stderr.strip() or done.stdout.strip()}"
