@@ -26,7 +26,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-from cilia.bpf import Map, Object, RingReader, SkBuffCtx, constants, layout
+from cilia.bpf import Map, Object, RingReader, SkBuffCtx, constants, layout, probe
 from cilia.bpf.libbpf import lib
 from cilia.bpf.uapi import MapType
 
@@ -209,7 +209,7 @@ class Node:
             "ROUTER_IP4": layout.to_addr(ROUTER4),
             "ROUTER_IP6": layout.to_addr(ROUTER6),
             "ROUTER_LL6": layout.to_addr(ROUTER_LL),
-            "HAVE_KTIME_COARSE": 1,
+            "HAVE_KTIME_COARSE": int(probe.has_helper("bpf_ktime_get_coarse_ns")),
         } | rodata
         map_sizes = SMALL | sizes
         # A bpffs for as long as the second object needs to find the first one's maps.
