@@ -30,13 +30,11 @@ static __always_inline int handle_from_endpoint(struct __sk_buff *ctx, struct wo
 	end_set(&f->src, src);
 	ret = parse(ctx, p);
 	if (unlikely(ret))
-		return ret;
+		return is_igmp(p) ? ignore(ctx, DIR_EGRESS) : ret;
 	if (unlikely(p->l3_be == bpf_htons(ETH_P_ARP)))
 		return handle_arp(ctx);
 	if (unlikely(is_nd(p)))
 		return handle_nd(ctx);
-	if (unlikely(p->proto == PROTO_IGMP))
-		return ignore(ctx, DIR_EGRESS);
 
 	if (unlikely(!endpoint_owns(src, &p->saddr)))
 		return -DROP_SOURCE_IP;
@@ -106,7 +104,7 @@ static __always_inline int handle_to_endpoint(struct __sk_buff *ctx, struct work
 	end_set(&f->dst, dst);
 	ret = parse(ctx, p);
 	if (unlikely(ret))
-		return ret;
+		return is_igmp(p) ? ignore(ctx, DIR_INGRESS) : ret;
 	/* The node's own neighbour resolution, and from_endpoint's answers. */
 	if (p->l3_be == bpf_htons(ETH_P_ARP))
 		return TC_ACT_OK;
@@ -115,8 +113,6 @@ static __always_inline int handle_to_endpoint(struct __sk_buff *ctx, struct work
 			return TC_ACT_OK;
 		return ignore(ctx, DIR_INGRESS);
 	}
-	if (p->proto == PROTO_IGMP)
-		return ignore(ctx, DIR_INGRESS);
 	if (addr_is_multicast(&p->daddr))
 		return -DROP_MULTICAST;
 	if (!endpoint_owns(dst, &p->daddr))

@@ -339,14 +339,17 @@ __noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
 		j.remote_id = identity_of_outsider(remote_addr);
 	w->f.remote_id = j.remote_id;
 	w->f.direction = j.egress ? DIR_EGRESS : DIR_INGRESS;
+	w->f.about = ep == &w->f.src ? ABOUT_SRC : ABOUT_DST;
 
 	if (end_is_open(ep) && ct_side_still_admits(side, ep, j.remote_id)) {
 		*(volatile __u32 *)&side->epoch = w->f.epoch;
+		w->f.about = ABOUT_DIRECTION;
 		return 0;
 	}
 	ret = judge(ep, &w->f, &j, &denied);
 	if (ret >= 0) {
 		ct_side_set(side, w->f.policy_rev, j.remote_id, w->f.epoch, j.rule_id);
+		w->f.about = ABOUT_DIRECTION;
 		return 0;
 	}
 	if (ret != -DROP_NOT_OPEN) {

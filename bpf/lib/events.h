@@ -21,7 +21,6 @@ static __always_inline void count(__u8 reason, __u8 direction, __u32 bytes)
 
 /*
  * What an event says beyond the packet and the flow, packed to be an argument.
- * INGRESS is about the destination, EGRESS about the source.
  */
 #define NOTICE(type, reason, obs_point, direction) \
 	((__u32)(type) << 24 | (__u32)(reason) << 16 | (obs_point) << 8 | (direction))
@@ -92,7 +91,7 @@ __noinline int notify(struct __sk_buff *ctx, __u32 notice, int verdict, __u32 ma
 	e->verdict = verdict;
 	e->match_type = match >> 8;
 	e->flags |= match;
-	if (e->direction == DIR_INGRESS) {
+	if (w->f.about ? w->f.about == ABOUT_DST : e->direction == DIR_INGRESS) {
 		e->ep_id = w->f.dst.id;
 		e->peer_ep_id = w->f.src.id;
 	} else {

@@ -33,6 +33,11 @@ struct end {
 };
 _Static_assert(sizeof(struct end) == __builtin_offsetof(struct endpoint, ip4), "struct end");
 
+/* Ingress is about the destination, egress about the source; but not when an answer is judged. */
+#define ABOUT_DIRECTION 0
+#define ABOUT_SRC       1
+#define ABOUT_DST       2
+
 struct flow {
 	struct end src, dst;
 	__u32 src_id, dst_id;       /* ID_UNKNOWN until somebody asks */
@@ -48,6 +53,7 @@ struct flow {
 	__u8 event_flags;           /* EVENT_F_* */
 	__u8 tracked;               /* the packet belongs to a conntrack entry */
 	__u8 answer;                /* it came back through a mapping of cilia_nat */
+	__u8 about;                 /* ABOUT_*: whose event it is */
 };
 
 /*

@@ -81,6 +81,11 @@ static __always_inline bool packet_is_icmp(const struct packet *p)
 	return p->proto == (packet_is_ip6(p) ? PROTO_ICMPV6 : PROTO_ICMP);
 }
 
+static __always_inline bool is_igmp(const struct packet *p)
+{
+	return p->proto == PROTO_IGMP && addr_is_ip4(&p->saddr);
+}
+
 static __always_inline bool packet_is_echo_request(const struct packet *p)
 {
 	return (p->flags & PKT_ECHO) &&

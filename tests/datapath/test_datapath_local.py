@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
-from scapy.packet import Packet
+from scapy.layers.inet import ICMP, UDP
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest
 
 from cilia.bpf import constants, layout
-from tests.datapath.harness import IN, OUT, TC_REDIRECT, TC_SHOT, Endpoint, Node, Rule
-
-
-def ip(v6: bool, src: Endpoint | str, dst: Endpoint | str, **fields: int) -> Packet:
-    """An IP header between two endpoints or addresses."""
-    source = src if isinstance(src, str) else src.ip(v6)
-    target = dst if isinstance(dst, str) else dst.ip(v6)
-    if v6:
-        if "ttl" in fields:
-            fields["hlim"] = fields.pop("ttl")
-        return IPv6(src=source, dst=target, **fields)
-    return IP(src=source, dst=target, **fields)
-
-
-def tcp(v6: bool, src: Endpoint, dst: Endpoint, flags: str, sport: int = 40000, dport: int = 80,
-        **fields: int) -> Packet:  # fmt: skip
-    return ip(v6, src, dst, **fields) / TCP(sport=sport, dport=dport, flags=flags)
-
-
-def valid(packet: Packet) -> bool:
-    """All checksums are what Scapy computes from scratch."""
-    raw = bytes(packet)
-    fresh = packet.copy()
-    for layer in (IP, TCP, UDP, ICMP, ICMPv6EchoRequest, ICMPv6EchoReply):
-        if fresh.haslayer(layer):
-            for name in ("chksum", "cksum"):
-                if name in fresh[layer].fields:
-                    del fresh[layer].fields[name]
-    return bytes(fresh) == raw
+from tests.datapath.harness import IN, OUT, TC_REDIRECT, TC_SHOT, Node, Rule
+from tests.datapath.packets import ip, tcp, valid
 
 
 def test_a_tcp_connection_from_syn_to_close(node: Node, v6: bool) -> None:
