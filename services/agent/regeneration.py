@@ -35,7 +35,7 @@ from services.agent import metrics
 from services.agent.calculation import Calculation
 from services.agent.clusterwatch import Changes, ClusterView, PolicyName
 from services.agent.datapath import Datapath
-from services.agent.endpoint import Endpoint, EndpointState, SubjectKey
+from services.agent.endpoint import Endpoint, EndpointState, SlotIndex, SubjectKey
 from services.agent.endpointtable import Endpoints
 from services.agent.notifications import Notifier
 from services.agent.reconcilers.endpointmap import EndpointMapReconciler
@@ -61,6 +61,17 @@ class Pending:
     ips: bool = False
     force: set[SubjectKey] = field(default_factory=set)
     everything: bool = True  # the first flush looks at all there is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRow:
+    """A row of cilia_ifindex as an earlier run left it."""
+
+    id: EndpointID
+    ifindex: int
+    identity: NumericIdentity
+    slot: SlotIndex
+    open: bool
 
 
 class Regeneration:
@@ -160,18 +171,19 @@ class Regeneration:
 
     # ---- the flush
 
-    async def read_back(self) -> list[tuple[EndpointID, int, int, int]]:
-        """Take the kernel's state as actual; returns (id, ifindex, identity, slot) of its rows."""
+    async def read_back(self) -> list[KernelRow]:
+        """Take the kernel's state as actual; returns its endpoint rows."""
         await self.policymap.read_back()
         await self.ipcache.read_back()
         rows = await self.endpointmap.read_back()
         self._epoch_due = True  # a crash may have come between rows and epoch
         return [
-            (
-                EndpointID(int(row["id"])),
-                int(row["ifindex"]),
-                int(row["identity"]),
-                int(row["policy_slot"]),
+            KernelRow(
+                id=EndpointID(int(row["id"])),
+                ifindex=int(row["ifindex"]),
+                identity=NumericIdentity(int(row["identity"])),
+                slot=SlotIndex(int(row["policy_slot"])),
+                open=bool(row["flags"] & EP_F_OPEN),
             )
             for row in rows
         ]
@@ -211,11 +223,6 @@ class Regeneration:
             self._settle_endpoints(revision)
             self.realised_revision = revision
         calculation.release_prefixes(gone_prefixes)
-        if self._view.live:
-            self._ipcache.mark_synced()
-        if self._view.synced:
-            self._policies.mark_synced()
-            self._rows.mark_synced()
         self._ended = self._begun
         self._realised.set()
         self._realised = asyncio.Event()
@@ -341,6 +348,8 @@ class Regeneration:
             cluster=self._view.ips,
         )
         self._ipcache.replace_all(wanted.values())
+        if self._view.live:
+            self._ipcache.mark_synced()
         await self.ipcache.flush()
 
     async def _flush_endpoint_rows(self) -> None:
@@ -351,6 +360,8 @@ class Regeneration:
             row = self._row_of(endpoint)
             if row is not None:
                 self._rows.upsert(row)
+        if self._view.synced:
+            self._rows.mark_synced()
         await self.endpointmap.flush()
 
     def _row_of(self, endpoint: Endpoint) -> EndpointMapRow | None:
@@ -437,11 +448,12 @@ class Regeneration:
         for key in idle:
             self._policies.delete(key)
             self._subject_errors.pop(key, None)
-        if idle:
-            await self.policymap.flush()
-            for key in idle:
-                if self.policymap.statuses.get(key) is None:
-                    self.calculation.slots.free(key)
+        # Only now does no row of an endpoint lead to a slot that an earlier run left.
+        self._policies.mark_synced()
+        await self.policymap.flush()
+        for key in idle:
+            if self.policymap.statuses.get(key) is None:
+                self.calculation.slots.free(key)
 
     # ---- host addresses
 

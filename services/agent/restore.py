@@ -14,18 +14,17 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from cilia.identity import EndpointID, NumericIdentity
 from cilia.net.device import Network
 from cilia.telemetry import fields
 from services.agent.calculation import Calculation
 from services.agent.conntrack import Conntrack
 from services.agent.datapath import Datapath
-from services.agent.endpoint import Endpoint, SlotIndex
+from services.agent.endpoint import Endpoint
 from services.agent.endpointtable import Endpoints
 from services.agent.identityalloc import IdentityAllocator
 from services.agent.ipam import Ipam
 from services.agent.record import EndpointRecords
-from services.agent.regeneration import Regeneration
+from services.agent.regeneration import KernelRow, Regeneration
 from services.agent.wiring import Wiring
 
 log = structlog.get_logger()
@@ -52,7 +51,7 @@ async def restore(
 ) -> Restored:
     """Fill the tables from records and pinned maps."""
     result = Restored()
-    kernel = {row[0]: row for row in await regeneration.read_back()}
+    kernel = {row.id: row for row in await regeneration.read_back()}
 
     def read() -> tuple[list[tuple[Endpoint, bool]], dict[str, int]]:
         records.prepare()
@@ -90,7 +89,7 @@ async def restore(
 
 def _take_back(
     endpoint: Endpoint,
-    row: tuple[EndpointID, int, int, int] | None,
+    row: KernelRow | None,
     endpoints: Endpoints,
     ipam: Ipam,
     allocator: IdentityAllocator,
@@ -106,12 +105,12 @@ def _take_back(
         allocator.adopt(endpoint.identity_labels, endpoint.identity)
     subject = calculation.subject_of(endpoint)
     if row is not None and subject is not None:
-        _, ifindex, identity, slot = row
-        if ifindex == endpoint.ifindex and identity == subject.identity and slot:
-            calculation.slots.adopt(subject, SlotIndex(slot))
+        same = row.ifindex == endpoint.ifindex and row.identity == subject.identity
+        if same and row.slot and calculation.slots.adopt(subject, row.slot):
             endpoint = replace(
                 endpoint,
-                realised_identity=NumericIdentity(identity),
-                slot=SlotIndex(slot),
+                realised_identity=row.identity,
+                realised=subject if row.open else None,
+                slot=row.slot,
             )
     endpoints.insert(endpoint, "Endpoint was read back after a start of the agent")

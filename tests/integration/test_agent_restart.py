@@ -1,0 +1,266 @@
+"""Killing, restarting and replacing the agent while traffic flows; the identity service away."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cilia import cleanup
+from cilia.net.netns import NetNS, in_netns
+from protos.agent.v1 import agent_pb2 as pb
+from tests.integration.agentnode import AgentNode, Stream, eventually, refused
+from tests.integration.test_agent_policy import ALLOW_FRIEND
+
+pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
+
+
+@pytest.fixture
+def node() -> Iterator[AgentNode]:
+    with AgentNode("re") as node:
+        yield node
+
+
+def start_all(node: AgentNode) -> None:
+    node.start("identity")
+    node.start("agent")
+
+
+def ready(node: AgentNode, *names: str) -> None:
+    eventually(
+        lambda: all(node.get(name).state == "ready" for name in names),
+        within_s=10,
+        what="endpoints are ready",
+    )
+
+
+def policy_revs(node: AgentNode) -> dict[str, int]:
+    rows = [row for reply in node.datapath.DumpEndpoints(pb.DumpRequest()) for row in reply.rows]
+    return {row.address: row.policy_rev for row in rows}
+
+
+class Traffic:
+    """Exchanges a byte over a stream as fast as it goes, and counts what failed."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.exchanges = 0
+        self.error = ""
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                self._stream.exchange()
+            except OSError as error:
+                self.error = str(error)
+                return
+            self.exchanges += 1
+
+    def __enter__(self) -> Traffic:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=10)
+
+    def goes_on(self) -> None:
+        before = self.exchanges
+        eventually(
+            lambda: self.exchanges > before + 10 or self.error, within_s=5, what="traffic flows"
+        )
+        assert not self.error
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_stream_and_policy_outlive_the_agent(node: AgentNode, how: signal.Signals) -> None:
+    start_all(node)
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.workload("stranger", "app=stranger")
+    node.apply(ALLOW_FRIEND)
+    with node.stream("friend", "server", server.ipv4) as stream, Traffic(stream) as traffic:
+        traffic.goes_on()
+        revs = policy_revs(node)
+        node.stop("agent", how)
+        traffic.goes_on()
+        assert not node.ping("stranger", server.ipv4), "nothing opens while no agent runs"
+        node.start("agent")
+        ready(node, "server", "friend", "stranger")
+        traffic.goes_on()
+        assert policy_revs(node) == revs, "what did not differ was not written"
+        again = node.get("server")
+        assert (again.id, again.ipv4, again.ipv6, again.identity) == (
+            server.id,
+            server.ipv4,
+            server.ipv6,
+            server.identity,
+        )
+        assert node.ping("friend", server.ipv6)
+        assert not node.ping("stranger", server.ipv6)
+        # The calculation is the same one: what is revoked now is cut.
+        node.delete_policies()
+        assert node.ping("stranger", server.ipv4)
+        traffic.goes_on()
+
+
+def test_policy_deleted_while_the_agent_was_away_is_gone_afterwards(node: AgentNode) -> None:
+    start_all(node)
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.apply(ALLOW_FRIEND)
+    deny = ALLOW_FRIEND.replace("app: friend", "app: nobody")
+    with node.stream("friend", "server", server.ipv4) as stream:
+        stream.exchange()
+        node.apply(deny, wait=True)
+        assert not stream.works()
+    node.apply(ALLOW_FRIEND)
+    node.stop("agent", signal.SIGKILL)
+    node.start("agent")
+    ready(node, "server", "friend")
+    assert node.ping("friend", server.ipv4)
+
+
+def test_killed_in_the_middle_of_adding_leaves_nothing_half_made(node: AgentNode) -> None:
+    start_all(node)
+    node.workload("first", "app=first")
+    node.netns("second")
+    for delay_s in (0.005, 0.015, 0.03):
+        adding = threading.Thread(target=lambda: refused_or_not(node, "second"), daemon=True)
+        adding.start()
+        time.sleep(delay_s)  # somewhere inside: each point must be safe
+        node.stop("agent", signal.SIGKILL)
+        adding.join(timeout=5)
+        node.start("agent")
+        ready(node, "first")
+        names = [e.name for e in node.endpoints.List(pb.ListEndpointsRequest()).endpoints]
+        links = subprocess.run(
+            ["ip", "-n", f"{node.base}-node", "-br", "link"], capture_output=True, text=True
+        ).stdout
+        assert links.count("cil0") == len(names), (names, links)
+        if "second" in names:
+            node.delete("second")
+
+
+def refused_or_not(node: AgentNode, name: str) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        node.add(name, f"app={name}")
+
+
+def test_namespace_gone_while_away(node: AgentNode) -> None:
+    start_all(node)
+    gone = node.workload("gone", "app=gone")
+    stays = node.workload("stays", "app=stays")
+    node.stop("agent")
+    subprocess.run(["ip", "netns", "del", f"{node.base}-gone"], check=True)
+    node.namespaces.remove(f"{node.base}-gone")
+    node.start("agent")
+    ready(node, "stays")
+    assert refused(lambda: node.get("gone"))[0] is grpc.StatusCode.NOT_FOUND
+    eventually(
+        lambda: set(policy_revs(node)) == {stays.ipv4, stays.ipv6},
+        within_s=5,
+        what=f"rows of {gone.ipv4} are pruned",
+    )
+
+
+def test_without_identity_service_and_without_saved_policy_endpoints_drop(
+    node: AgentNode,
+) -> None:
+    node.start("agent")
+    node.netns("a")
+    endpoint = node.add("a", "app=a", no_wait=True)
+    assert endpoint.state == "waiting-for-identity"
+    assert not node.ping("a", "10.217.0.1")
+    assert not node.ping("node", endpoint.ipv4)
+    policy = node.component("policy")
+    assert policy.state == "Failure"
+    assert "identity service" in policy.message
+    assert "identity service" in node.get("a").message
+    node.start("identity")
+    ready(node, "a")
+    assert node.ping("a", "10.217.0.1")
+    eventually(lambda: node.status().state == "Ok", within_s=10, what="status is Ok")
+
+
+def test_without_identity_service_but_with_saved_policy_it_is_enforced(node: AgentNode) -> None:
+    start_all(node)
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.workload("stranger", "app=stranger")
+    node.apply(ALLOW_FRIEND)
+    saved = node.state_dir / "agent" / "policies.json"
+    eventually(
+        lambda: saved.exists() and b"friends" in saved.read_bytes(), within_s=5, what="saved"
+    )
+    node.stop("agent", signal.SIGKILL)
+    node.stop("identity", signal.SIGKILL)
+    node.start("agent")
+    ready(node, "server", "friend", "stranger")
+    assert node.ping("friend", server.ipv4)
+    assert not node.ping("stranger", server.ipv4)
+    assert "as last saved" in node.component("policy").message
+    # A label set that is known starts; one that is not waits, and starts later.
+    node.netns("friend2")
+    known = node.add("friend2", "app=friend")
+    assert known.identity == node.get("friend").identity
+    assert node.ping("friend2", server.ipv4)
+    node.netns("new")
+    assert node.add("new", "app=new", no_wait=True).state == "waiting-for-identity"
+    code, message = refused(lambda: node.apply(ALLOW_FRIEND))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "identity" in message
+    node.start("identity")
+    ready(node, "new")
+    assert not node.ping("new", server.ipv4)
+    assert node.ping("friend", server.ipv4)
+
+
+def test_identity_service_restart_flushes_nothing(node: AgentNode) -> None:
+    start_all(node)
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.apply(ALLOW_FRIEND)
+    with node.stream("friend", "server", server.ipv4) as stream, Traffic(stream) as traffic:
+        node.stop("identity", signal.SIGKILL)
+        traffic.goes_on()
+        eventually(
+            lambda: node.component("identity").state == "Warning", within_s=10, what="it is told"
+        )
+        node.start("identity")
+        eventually(lambda: node.component("identity").state == "Ok", within_s=10, what="it is back")
+        traffic.goes_on()
+        assert node.apply(ALLOW_FRIEND.replace("app: friend", "app: nobody")).realised
+        eventually(lambda: not stream.works() or traffic.error, within_s=2, what="it is cut")
+
+
+def test_cleanup_leaves_no_trace(node: AgentNode) -> None:
+    start_all(node)
+    node.workload("a", "app=a")
+
+    def inside() -> list[cleanup.Trace]:
+        return cleanup.cleanup(node.run_dir, node.state_dir)
+
+    with NetNS.open(node.path("node")) as netns:
+        with pytest.raises(cleanup.AgentRunning):
+            in_netns(netns, inside)
+        node.stop("agent")
+        met = in_netns(netns, inside)
+        assert met
+        assert [str(trace) for trace in met if trace.error] == []
+        assert in_netns(netns, lambda: cleanup.find(node.run_dir, node.state_dir)) == []
+    links = subprocess.run(
+        ["ip", "-n", f"{node.base}-node", "-br", "link"], capture_output=True, text=True
+    ).stdout
+    assert "cil" not in links
+    assert not (node.run_dir / "bpf").exists()
+    assert str(node.run_dir) not in Path("/proc/self/mountinfo").read_text()
