@@ -99,10 +99,13 @@ class Node:
             self.directory.mkdir(parents=True)
             self.namespace("node")
             # A way to the world, as a node has one: the agent picks its devices by it.
-            command(*inside(self.netns, "ip", "link", "add", "up0", "type", "dummy"))
-            command(*inside(self.netns, "ip", "addr", "add", "198.18.0.1/24", "dev", "up0"))
-            command(*inside(self.netns, "ip", "link", "set", "up0", "up"))
-            command(*inside(self.netns, "ip", "route", "add", "default", "via", "198.18.0.254"))
+            world = self.namespace("world")
+            here = ["ip", "-n", self.netns]
+            command(*here, "link", "add", "up0", "type", "veth", "peer", "down0", "netns", world)
+            command("ip", "-n", world, "link", "set", "down0", "up")
+            command(*here, "addr", "add", "198.18.0.1/24", "dev", "up0")
+            command(*here, "link", "set", "up0", "up")
+            command(*here, "route", "add", "default", "via", "198.18.0.254")
             self.start("identity")
             self.start("agent")
             self.wait_ready(0)
