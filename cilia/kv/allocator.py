@@ -18,6 +18,7 @@ quarantine, so that no node still takes it for the old labels when it comes back
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ ID_PREFIX = b"/cilia/v1/id/"
 REF_PREFIX = b"/cilia/v1/ref/"
 QUARANTINE_PREFIX = b"/cilia/v1/quarantine/"
 
-_RANDOM_TRIES = 32
+_RANDOM_TRIES = 16
+_LOST_BEFORE_ASKING = 8
 _MAX_ATTEMPTS = 64
 _SWEEP_KEYS_A_LEASE = 1000
 """etcd deletes a lease's keys in one revision and one watch message: keep both moderate."""
@@ -186,11 +188,17 @@ class Allocator:
         return tuple(kv.key[len(prefix) :].decode() for kv in refs.kvs)
 
     async def _pick(self, lost: set[int]) -> int:
-        for _ in range(_RANDOM_TRIES):
-            number = self.randrange(self.low, self.high + 1)
-            if number not in self.taken and number not in lost:
-                return number
-        # The space is nearly full: look at what the store says rather than guess on.
+        """A number that looks free: at random, or the next free one from a random place on. After
+        some lost races our knowledge is worth little, and the store is asked."""
+        if len(lost) < _LOST_BEFORE_ASKING:
+            for _ in range(_RANDOM_TRIES):
+                number = self.randrange(self.low, self.high + 1)
+                if number not in self.taken and number not in lost:
+                    return number
+            place = self.randrange(self.low, self.high + 1)
+            for number in itertools.chain(range(place, self.high + 1), range(self.low, place)):
+                if number not in self.taken and number not in lost:
+                    return number
         used = {
             int(kv.key[len(prefix) :])
             for prefix in (ID_PREFIX, QUARANTINE_PREFIX)

@@ -448,7 +448,7 @@ def event_to_proto(change: ViewChange) -> pb.Event:
             policy = (
                 pb.Policy(kind=name.kind, namespace=name.namespace, name=name.name)
                 if kv.deleted
-                else policy_to_proto(Policy.from_json(name, kv.value), kv.mod_revision)
+                else policy_to_proto(Policy.decode(name, kv.value), kv.mod_revision)
             )
             return pb.Event(type=kind, kind=pb.KIND_POLICY, policy=policy)
         case _:

@@ -1,7 +1,7 @@
 """Where things lie in the store, below `/cilia/v1/`; identities are laid out by cilia.kv.allocator.
 
 ip/<prefix>                  -> JSON  (leased)   an announced address
-policy/<kind>/<ns or _>/<name> -> JSON           a policy document; parts are percent-encoded
+policy/<kind>/<ns or _>/<name>                 a policy document; parts are percent-encoded
 session/<node>               -> JSON  (leased)   the node's lease
 """
 

@@ -66,7 +66,7 @@ class Policies:
             ops: list[Op] = []
             outcomes: list[Outcome] = []
             for key, policy in wanted.items():
-                value = policy.to_json()
+                value = policy.encode()
                 old = present.get(key)
                 if old is not None and old.value == value:
                     outcomes.append(Outcome(policy.name, Change.UNCHANGED))

@@ -1,4 +1,4 @@
-"""What the service stores, as values, and as the JSON that they are in the store."""
+"""What the service stores, as values, and as the bytes that they are in the store."""
 
 from __future__ import annotations
 
@@ -65,23 +65,24 @@ class Policy:
     origin: Origin
     rule_origins: tuple[tuple[str, Origin], ...] = ()
 
-    def to_json(self) -> bytes:
-        return _dump(
-            {
-                "document": self.document.decode(),
-                "origin": _origin(self.origin),
-                "rules": [[path, *_origin(origin)] for path, origin in self.rule_origins],
-            }
-        )
+    def encode(self) -> bytes:
+        """A line of JSON about the document, then the document as it came: not escaped a second
+        time, and readable in a dump."""
+        about = {
+            "origin": _origin(self.origin),
+            "rules": [[path, *_origin(origin)] for path, origin in self.rule_origins],
+        }
+        return _dump(about) + b"\n" + self.document
 
     @classmethod
-    def from_json(cls, name: PolicyName, data: bytes) -> Policy:
-        value = json.loads(data)
+    def decode(cls, name: PolicyName, data: bytes) -> Policy:
+        head, _, document = data.partition(b"\n")
+        about = json.loads(head)
         return cls(
             name=name,
-            document=value["document"].encode(),
-            origin=_to_origin(value["origin"]),
-            rule_origins=tuple((path, _to_origin(rest)) for path, *rest in value["rules"]),
+            document=document,
+            origin=_to_origin(about["origin"]),
+            rule_origins=tuple((path, _to_origin(rest)) for path, *rest in about["rules"]),
         )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cilia.rpc.channel import Channel
 from cilia.rpc.errors import RpcError
@@ -48,7 +49,7 @@ def spawn(directory: Path) -> subprocess.Popen[bytes]:
     )
 
 
-async def write(stub: pb_grpc.IdentityServiceAsyncStub, name: str, ledger: Ledger) -> None:
+async def write(stub: Any, name: str, ledger: Ledger) -> None:
     while True:
         number = ledger.sent.get(name, 0) + 1
         ledger.sent[name] = number
@@ -62,9 +63,7 @@ async def write(stub: pb_grpc.IdentityServiceAsyncStub, name: str, ledger: Ledge
         ledger.answers += 1
 
 
-async def allocate(
-    stub: pb_grpc.IdentityServiceAsyncStub, node: str, ledger: Ledger, rng: random.Random
-) -> None:
+async def allocate(stub: Any, node: str, ledger: Ledger, rng: random.Random) -> None:
     while True:
         app = f"app{rng.randrange(2000)}"
         label = common_pb2.Label(source="k8s", key="app", value=app)
@@ -78,7 +77,7 @@ async def allocate(
         ledger.answers += 1
 
 
-async def check(stub: pb_grpc.IdentityServiceAsyncStub, ledger: Ledger) -> None:
+async def check(stub: Any, ledger: Ledger) -> None:
     stored: dict[str, int] = {}
     identities: dict[str, int] = {}
     async for message in stub.Watch(pb.WatchRequest(kinds=[pb.KIND_POLICY, pb.KIND_IDENTITY])):
@@ -102,13 +101,13 @@ async def check(stub: pb_grpc.IdentityServiceAsyncStub, ledger: Ledger) -> None:
 async def one_round(directory: Path, ledger: Ledger, rng: random.Random) -> None:
     process = spawn(directory)
     channel = Channel(directory / "run" / "identity.sock", service="identity")
-    stub: pb_grpc.IdentityServiceAsyncStub = pb_grpc.IdentityServiceStub(channel)  # type: ignore[assignment,arg-type]
+    stub: Any = pb_grpc.IdentityServiceStub(channel)  # type: ignore[arg-type]
     try:
         async with asyncio.timeout(15):
             await channel.wait_ready()
         session = stub.Session()
         await session.write(pb.SessionRequest(node="node"))
-        opened: pb.SessionResponse = await session.read()  # type: ignore[assignment]
+        opened: pb.SessionResponse = await session.read()
         # The lease survives a kill: references and announcements hang on it.
         assert opened.lease_new is (ledger.answers == 0)
         await check(stub, ledger)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,12 +72,12 @@ class Service:
         self.channel = Channel(self.run_dir / "identity.sock", service="identity")
 
     @property
-    def identity(self) -> pb_grpc.IdentityServiceAsyncStub:
-        return pb_grpc.IdentityServiceStub(self.channel)  # type: ignore[arg-type,return-value]
+    def identity(self) -> Any:
+        return pb_grpc.IdentityServiceStub(self.channel)  # type: ignore[arg-type]
 
     @property
-    def store(self) -> pb_grpc.StoreServiceAsyncStub:
-        return pb_grpc.StoreServiceStub(self.channel)  # type: ignore[arg-type,return-value]
+    def store(self) -> Any:
+        return pb_grpc.StoreServiceStub(self.channel)  # type: ignore[arg-type]
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Returns the exit code."""
@@ -137,11 +138,13 @@ class Session:
 
     async def open(self) -> pb.SessionResponse:
         await self._call.write(pb.SessionRequest(node=self.node, lease_ttl_s=self._ttl_s))
-        return await self._call.read()  # type: ignore[return-value]
+        answer: pb.SessionResponse = await self._call.read()
+        return answer
 
     async def renew(self) -> pb.SessionResponse:
         await self._call.write(pb.SessionRequest())
-        return await self._call.read()  # type: ignore[return-value]
+        answer: pb.SessionResponse = await self._call.read()
+        return answer
 
     def drop(self) -> None:
         self._call.cancel()
@@ -203,7 +206,7 @@ class Follower:
             await self.read()
 
     async def close(self) -> None:
-        await self._messages.aclose()  # type: ignore[attr-defined]
+        await self._messages.aclose()
 
 
 async def test_a_session_gives_a_lease_and_the_next_one_takes_it_over(service: Service) -> None:
@@ -216,7 +219,6 @@ async def test_a_session_gives_a_lease_and_the_next_one_takes_it_over(service: S
     taken = await second.open()
     assert (taken.lease_id, taken.lease_new, taken.lease_ttl_s) == (opened.lease_id, False, 60)
     with pytest.raises(RpcError) as caught:
-        await first.renew()
         await first.renew()
     assert caught.value.kind is Kind.ABORTED
     status = await service.store.Status(pb.StatusRequest())
@@ -541,13 +543,17 @@ async def test_it_stops_at_once_with_open_streams(service: Service) -> None:
     assert not (service.run_dir / "identity.sock").exists()
 
 
+def proc(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 async def test_it_is_lean_and_quick(service: Service) -> None:
     """52 MB as measured, two fifths of it shared library pages; half as much again is a fault."""
     assert service.process is not None
-    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    status = proc(service.process.pid, "status")
     resident_kb = int(status.split("VmRSS:")[1].split()[0])
     assert resident_kb < 75_000
-    maps = Path(f"/proc/{service.process.pid}/maps").read_text()
+    maps = proc(service.process.pid, "maps")
     for heavy in ("numpy", "pydantic", "pyroute2"):
         assert heavy not in maps
 
