@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
 
 from cilia.errors import FaultLike, Kind
-from cilia.rpc.channel import connect
+from cilia.rpc.channel import Channel
 from cilia.rpc.errors import RpcError
+from cilia.rpc.server import listening_pid
 from cli.errors import CliError, Exit, FaultLine
 from cli.settings import Settings
 from protos.agent.v1 import agent_pb2_grpc
@@ -21,6 +23,8 @@ from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2_grpc
 
 T = TypeVar("T")
+
+HANDSHAKE_S = 10.0
 
 EXIT_OF_KIND = {
     Kind.INVALID: Exit.INVALID,
@@ -75,12 +79,26 @@ def _run(
     work: Callable[[C], Awaitable[T]],
 ) -> T:
     async def main() -> T:
-        channel = connect(Path(socket), service=name, deadline_s=settings.timeout_s)
-        async with channel:
-            return await work(client(channel, settings.timeout_s))
+        path = Path(socket)
+        async with Channel(path, service=name, deadline_s=settings.timeout_s) as channel:
+            if answers(path):
+                # It is there, perhaps busy: a slow handshake is no reason to say it is away.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(HANDSHAKE_S, settings.timeout_s)):
+                        await channel.wait_ready()
+            stubs = cast(grpc.aio.Channel, channel)
+            return await work(client(stubs, settings.timeout_s))
 
     with translated(name, socket):
         return asyncio.run(main())
+
+
+def answers(socket: Path) -> bool:
+    """True when somebody listens on the socket."""
+    try:
+        return listening_pid(socket)[0]
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from cilia.identity import cidr_labels
-from cilia.labels import NAMESPACE_KEY, Label, LabelError, Labels
+from cilia.labels import Labels
 from cilia.policy import PolicyEngine, RuleRef, Verdict
 from cli import documents, refs
 from cli.errors import CliError, Exit
@@ -43,7 +43,7 @@ def trace(
 
 def subject(texts: Sequence[str], engine: PolicyEngine, namespace: str) -> Labels:
     """Labels of one side. An address means what is outside: the widest prefix rules speak of, or
-    world. Labels without a namespace get the default one, as every endpoint has one."""
+    world."""
     text = texts[0]
     if len(texts) == 1 and refs.is_address(text):
         address = ipaddress.ip_address(text)
@@ -59,19 +59,7 @@ def subject(texts: Sequence[str], engine: PolicyEngine, namespace: str) -> Label
             code=Exit.INVALID,
             hint="With --policies say who it is by labels (app=web) or by an address.",
         )
-    try:
-        parsed = [Label.parse(part) for item in texts for part in item.split(",") if part]
-        labels = Labels(_as_kubernetes(item) for item in parsed)
-        if all(label.source != "reserved" for label in labels) and not labels.get(NAMESPACE_KEY):
-            labels = labels.merge(Labels([Label("k8s", NAMESPACE_KEY, namespace)]))
-    except LabelError as error:
-        raise CliError(str(error), code=Exit.INVALID) from error
-    return labels
-
-
-def _as_kubernetes(label: Label) -> Label:
-    # `app=web` of no source is the label that policies without a source mean: of any source.
-    return Label("k8s", label.key, label.value) if label.source in ("unspec", "any") else label
+    return refs.subject_labels(texts, namespace)
 
 
 def _rule(ref: RuleRef) -> dict[str, Any]:

@@ -374,7 +374,10 @@ def trace(
         )
     else:
         request = agent_pb2.TraceRequest(
-            source=refs.subject(src), destination=refs.subject(dst), port=port, protocol=protocol
+            source=refs.subject(src, namespace),
+            destination=refs.subject(dst, namespace),
+            port=port,
+            protocol=protocol,
         )
         reply = clients.agent(
             settings, lambda agent: agent.policy.Trace(request, timeout=agent.timeout_s)

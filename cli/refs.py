@@ -14,7 +14,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cilia.labels import Label
+from cilia.labels import (
+    CLUSTER_KEY,
+    NAMESPACE_KEY,
+    SOURCE_CIDR,
+    SOURCE_K8S,
+    SOURCE_RESERVED,
+    SOURCE_UNSPEC,
+    Label,
+    LabelError,
+    Labels,
+)
 from cli.errors import CliError, Exit
 from protos.agent.v1 import agent_pb2
 from protos.common.v1 import common_pb2
@@ -56,25 +66,53 @@ def endpoint_ref(text: str) -> agent_pb2.EndpointRef:
     return agent_pb2.EndpointRef(name=text)
 
 
-def label(text: str) -> common_pb2.Label:
-    """Raises CliError (invalid) with the parser's own words."""
+def parse_label(text: str) -> Label:
+    """A label as people write it. Without a source it is a `k8s:` one, as in a lab file and as
+    policies without a source match it. Raises CliError (invalid) with the parser's own words."""
     try:
         parsed = Label.parse(text)
-    except ValueError as error:
+    except LabelError as error:
         raise CliError(
             f"{text!r}: {error}",
             code=Exit.INVALID,
             hint="Write key=value (app=web) or source:key=value (k8s:app=web).",
         ) from error
-    return common_pb2.Label(source=parsed.source, key=parsed.key, value=parsed.value)
+    if parsed.source == SOURCE_UNSPEC:
+        return Label(SOURCE_K8S, parsed.key, parsed.value)
+    return parsed
+
+
+def parse_labels(texts: Iterable[str]) -> list[Label]:
+    """Labels from repeated options; each may hold several, separated by commas."""
+    return [parse_label(part) for text in texts for part in text.split(",") if part]
 
 
 def labels(texts: Iterable[str]) -> list[common_pb2.Label]:
-    """Labels from repeated options; each may hold several, separated by commas."""
-    return [label(part) for text in texts for part in text.split(",") if part]
+    """The same, as messages."""
+    return [to_message(item) for item in parse_labels(texts)]
 
 
-def subject(texts: Sequence[str]) -> agent_pb2.Subject:
+def to_message(item: Label) -> common_pb2.Label:
+    return common_pb2.Label(source=item.source, key=item.key, value=item.value)
+
+
+def subject_labels(texts: Sequence[str], namespace: str) -> Labels:
+    """Labels of one side of a trace, with those that every endpoint has: namespace and cluster.
+
+    What is reserved or a CIDR is no endpoint, and stays as it is. Raises CliError.
+    """
+    parsed = parse_labels(texts)
+    if all(item.source not in (SOURCE_RESERVED, SOURCE_CIDR) for item in parsed):
+        keys = {item.key for item in parsed}
+        given = ((NAMESPACE_KEY, namespace), (CLUSTER_KEY, "default"))
+        parsed += [Label(SOURCE_K8S, key, value) for key, value in given if key not in keys]
+    try:
+        return Labels(parsed)
+    except LabelError as error:
+        raise CliError(str(error), code=Exit.INVALID) from error
+
+
+def subject(texts: Sequence[str], namespace: str = "default") -> agent_pb2.Subject:
     """One side of a trace. Several texts are labels of one side. Raises CliError."""
     if not texts:
         raise CliError("a trace needs a source and a destination", code=Exit.USAGE)
@@ -89,7 +127,10 @@ def subject(texts: Sequence[str]) -> agent_pb2.Subject:
             return agent_pb2.Subject(endpoint=endpoint_ref(rest))
         if "=" not in text and ":" not in text and "," not in text:
             return agent_pb2.Subject(endpoint=endpoint_ref(text))
-    return agent_pb2.Subject(labels=agent_pb2.LabelList(labels=labels(texts)))
+    items = subject_labels(texts, namespace).sorted()
+    return agent_pb2.Subject(
+        labels=agent_pb2.LabelList(labels=[to_message(item) for item in items])
+    )
 
 
 def identity_number(text: str) -> int:

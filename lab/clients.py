@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
+
+import grpc
 
 from cilia.errors import Kind
 from cilia.labels import Label
-from cilia.rpc.channel import connect
+from cilia.rpc.channel import Channel, connect
 from cilia.rpc.errors import RpcError
 from lab.errors import LabError
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -88,13 +92,19 @@ class AgentClient:
 
     def __init__(self, socket: str) -> None:
         self.socket = socket
-        self._channel = connect(Path(socket), service="agent", deadline_s=CALL_TIMEOUT_S)
+        self._connection = Channel(Path(socket), service="agent", deadline_s=CALL_TIMEOUT_S)
+        self._channel = cast(grpc.aio.Channel, self._connection)
         self._endpoint = agent_pb2_grpc.EndpointServiceStub(self._channel)
         self._policy = agent_pb2_grpc.PolicyServiceStub(self._channel)
         self._monitor = agent_pb2_grpc.MonitorServiceStub(self._channel)
         self._status = agent_pb2_grpc.StatusServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
+        # A busy agent may be slow with the handshake; an absent one is found out by the first call.
+        if self._connection.socket.exists():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await self._connection.wait_ready()
         return self
 
     async def __aexit__(

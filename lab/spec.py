@@ -133,14 +133,13 @@ class _Workload(_Document):
     @field_validator("labels")
     @classmethod
     def _labels(cls, value: dict[str, Any] | list[str]) -> list[str]:
-        # A mapping is written as Kubernetes writes labels, and means what it means there.
         texts = (
-            [f"k8s:{key}={_scalar(item)}" for key, item in value.items()]
+            [f"{key}={_scalar(item)}" for key, item in value.items()]
             if isinstance(value, dict)
             else value
         )
         try:
-            return [str(Label.parse(text)) for text in texts]
+            return [str(_as_kubernetes(Label.parse(text))) for text in texts]
         except LabelError as error:
             raise ValueError(str(error)) from error
 
@@ -171,6 +170,12 @@ class _Lab(_Document):
         if len(value) != 1:
             raise ValueError(f"{len(value)} nodes: a lab has exactly one node for now")
         return value
+
+
+def _as_kubernetes(label: Label) -> Label:
+    """A label without a source is written as Kubernetes writes labels, and means what it means
+    there; the command takes it the same way."""
+    return Label("k8s", label.key, label.value) if label.source == "unspec" else label
 
 
 def _scalar(value: object) -> str:

@@ -38,8 +38,8 @@ def test_endpoint_reference_refused(text: str, code: Exit) -> None:
 def test_labels_are_split_at_commas_and_keep_their_source() -> None:
     parsed = refs.labels(["app=web,tier=front", "reserved:world", "k8s:a=b=c"])
     assert [(item.source, item.key, item.value) for item in parsed] == [
-        ("unspec", "app", "web"),
-        ("unspec", "tier", "front"),
+        ("k8s", "app", "web"),
+        ("k8s", "tier", "front"),
         ("reserved", "world", ""),
         ("k8s", "a", "b=c"),
     ]
@@ -47,7 +47,7 @@ def test_labels_are_split_at_commas_and_keep_their_source() -> None:
 
 def test_bad_label_names_the_label_and_the_cure() -> None:
     with pytest.raises(CliError) as caught:
-        refs.label("=web")
+        refs.parse_label("=web")
     assert caught.value.code is Exit.INVALID
     assert "=web" in caught.value.message
     assert "key=value" in caught.value.hint

@@ -39,7 +39,7 @@ def test_labels_as_a_list_keep_their_source_and_yaml_scalars_become_text() -> No
         "name: a\nworkloads:\n- {name: x, labels: ['container:a=b', c=d]}\n"
         "- {name: y, labels: {v: 1, t: true}}"
     )
-    assert lab.workloads[0].labels == ("container:a=b", "unspec:c=d")
+    assert lab.workloads[0].labels == ("container:a=b", "k8s:c=d")
     assert lab.workloads[1].labels == ("k8s:v=1", "k8s:t=true")
 
 

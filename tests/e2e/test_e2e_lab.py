@@ -1,0 +1,130 @@
+"""Labs come and go: side by side, half made, killed; nothing is ever left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import down
+from tests.e2e.machine import REPOSITORY, Cilia, remains_of, remove_remains, traces_of_ours
+
+TWO = """\
+name: placeholder
+workloads:
+  - {name: a, labels: {app: a}, command: python -m lab.httpd --name a, ports: [80]}
+  - {name: b, labels: {app: b}}
+"""
+
+
+@pytest.fixture
+def name(need_root: None, need_bpf: None, need_objects: None) -> Iterator[str]:
+    remove_remains()
+    name = f"e2e{os.getpid()}-x"
+    yield name
+    down.down(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "lab.yaml"
+    path.write_text(TWO)
+    return path
+
+
+def test_two_labs_with_equal_addresses(name: str, file: Path) -> None:
+    before = traces_of_ours()
+    other = f"{name}2"
+    cilia = Cilia()
+    try:
+        first = cilia.json("lab", "up", str(file), "--name", name)["workloads"]
+        second = cilia.json("lab", "up", str(file), "--name", other)["workloads"]
+        assert {w["ipv4"] for w in first} == {w["ipv4"] for w in second}
+        cilia.fails(6, "lab", "up", str(file), "--name", name)
+        cilia.fails(5, "lab", "exec", "a", "true")  # which lab?
+        cilia.ok("lab", "down", other)
+        assert remains_of(other) == []
+        # The one that stays is untouched.
+        assert cilia.json("lab", "status", name)[0]["healthy"] is True
+        done = cilia.run(
+            "lab", "exec", "--lab", name, "b", "--", "python", "-m", "lab.httpc", "http://a/"
+        )
+        assert json.loads(done.stdout)["name"] == "a"
+    finally:
+        down.down(other)
+        cilia.ok("lab", "down", name)
+    assert remains_of(name) == []
+    assert traces_of_ours() - before == set()
+    cilia.fails(5, "lab", "down", name)
+
+
+def test_down_after_everything_was_killed(name: str, file: Path) -> None:
+    cilia = Cilia()
+    shape = cilia.json("lab", "up", str(file), "--name", name)
+    pids = [s["pid"] for s in shape["nodes"][0]["services"]]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    status = cilia.run("lab", "status", name, "-o", "json")
+    assert status.returncode == 1
+    assert json.loads(status.stdout)[0]["healthy"] is False
+    cilia.ok("lab", "down", name)
+    assert remains_of(name) == []
+
+
+@pytest.mark.parametrize("said", ["network: ", "identity and agent answer", "endpoints: "])
+def test_down_after_up_was_killed(name: str, file: Path, said: str) -> None:
+    """SIGKILL of `up` between any two of its steps."""
+    up = subprocess.Popen(
+        [sys.executable, "-m", "cli", "lab", "up", str(file), "--name", name],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    with up:
+        assert up.stderr is not None
+        for line in up.stderr:
+            if said in line:
+                break
+        up.kill()
+    assert remains_of(name)
+    Cilia().ok("lab", "down", name)
+    assert remains_of(name) == []
+
+
+def test_up_again_after_up_was_killed_and_the_state_file_is_gone(name: str, file: Path) -> None:
+    cilia = Cilia()
+    shape = cilia.json("lab", "up", str(file), "--name", name)
+    state = Path(shape["nodes"][0]["run_dir"]).parent / "state.json"
+    state.write_text("{")
+    assert name in cilia.run("lab", "status").stderr  # remains, not a lab
+    again = cilia.run("lab", "up", str(file), "--name", name, "-o", "json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["healthy"] is True
+    cilia.ok("lab", "down", name)
+    assert remains_of(name) == []
+
+
+def test_a_failed_up_says_why_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text(
+        "name: x\nworkloads:\n"
+        "- {name: a, labels: {app: a}, command: sh -c 'echo sorry; exit 3', ports: [80]}\n"
+    )
+    text = Cilia().fails(1, "lab", "up", str(path), "--name", name)
+    assert "default/a ended before it listened on 80" in text
+    assert "sorry" in text
+    assert remains_of(name) == []
+
+
+def test_an_invalid_lab_file_touches_nothing(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text("name: x\nworkloads:\n- {name: A}\n")
+    text = Cilia().fails(4, "lab", "up", str(path), "--name", name)
+    assert f"{path}:3: workloads[0].name: must be lower case" in text
+    assert remains_of(name) == []
