@@ -1,7 +1,7 @@
 """Links, addresses, routes and neighbours of one network namespace.
 
-A `Network` is one netlink socket in one namespace: open it, use it from one thread at a time, close
-it.
+A `Network` is one netlink socket in one namespace, with a thread of its own: open it, use it from
+one thread at a time, close it.
 
     with Network() as host, Network(netns) as workload:
         pair = host.ensure_veth("cil00042", workload, "eth0", mtu=1500)
@@ -18,7 +18,6 @@ import errno
 import ipaddress
 import re
 import socket
-import struct
 from collections.abc import Iterable
 from ipaddress import (
     IPv4Address,
@@ -28,24 +27,12 @@ from ipaddress import (
     IPv6Interface,
     IPv6Network,
 )
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from cilia.errors import InvalidError
 from cilia.net.errors import InterfaceExists, InterfaceGone
-from cilia.net.netlink import (
-    NLM_F_CREATE,
-    NLM_F_EXCL,
-    NLM_F_REPLACE,
-    NetlinkSocket,
-    as_text,
-    as_u32,
-    attribute,
-    nested,
-    parse_attributes,
-    text,
-    u32,
-)
 from cilia.net.netns import NetNS
+from cilia.net.rtnl import RouteSocket
 
 Address = IPv4Address | IPv6Address
 Interface = IPv4Interface | IPv6Interface
@@ -54,37 +41,23 @@ Network_ = IPv4Network | IPv6Network
 # Marks the routes that we made, so that `cleanup` finds them (rt_protos of iproute2 leave it free).
 ROUTE_PROTOCOL: Final = 193
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
-_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
-_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
-_RTM_NEWNEIGH, _RTM_DELNEIGH, _RTM_GETNEIGH = 28, 29, 30
-
-_IFINFO: Final = struct.Struct("=BxHiII")  # family, type, index, flags, change
-_IFADDR: Final = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
-_RTMSG: Final = struct.Struct(
-    "=BBBBBBBBI"
-)  # family dst_len src_len tos table proto scope type flags
-_NDMSG: Final = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
-
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
-_IFLA_OPERSTATE, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 16, 18, 20, 28
-_IFLA_LINK_NETNSID = 37
-_IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
+_GET_LINK: Final = (18, 0x1)  # RTM_GETLINK, NLM_F_REQUEST: no acknowledgement after the answer
+_RTEXT_FILTER_SKIP_STATS: Final = 8
+# RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP: for pyroute2's "dump" a table is for itself to pick out,
+# this way the kernel does. With a few hundred endpoints that is most of the work.
+_DUMP_ROUTES: Final = (26, 0x1 | 0x300)
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
 
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS = 1, 4, 5, 6, 7, 8
-_RTA_TABLE, _RTAX_MTU = 15, 2
 _RTNH_F_ONLINK = 4
 _RTN_UNICAST = 1
 RT_TABLE_MAIN: Final = 254
 RT_TABLE_LOCAL: Final = 255
 RT_SCOPE_UNIVERSE: Final = 0
 RT_SCOPE_LINK: Final = 253
+_RT_SCOPE_NOWHERE: Final = 255  # in a deletion: whatever the scope
 
-_NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 
 _NAME: Final = re.compile(r"[^\s/:]{1,15}\Z")  # dev_valid_name() of the kernel
@@ -172,7 +145,7 @@ class Network:
         self._netns = None if netns is None else netns.dup()
         self._where = "" if netns is None else f" in {netns.name}"
         try:
-            self._nl = NetlinkSocket(self._netns)
+            self._nl = RouteSocket(self._netns)
         except BaseException:
             self._close_netns()
             raise
@@ -198,22 +171,20 @@ class Network:
     # ---- links
 
     def links(self) -> list[Link]:
-        body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        return [parse_link(raw) for raw in self._nl.dump(_RTM_GETLINK, body, what="listing links")]
+        found = self._nl.dump("link", what="listing links", ext_mask=_RTEXT_FILTER_SKIP_STATS)
+        return [parse_link(message) for message in found]
 
     def find_link(self, device: str | int) -> Link | None:
         """By name or index; None when there is none."""
-        if isinstance(device, int):
-            body = _IFINFO.pack(socket.AF_UNSPEC, 0, device, 0, 0)
-        else:
-            body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + text(_IFLA_IFNAME, _named(device))
-        raw = self._nl.get(
-            _RTM_GETLINK,
-            body,
+        message = self._nl.get(
+            "link",
+            _GET_LINK,
             what=f"cannot look up {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
+            ext_mask=_RTEXT_FILTER_SKIP_STATS,
+            **_named_or_index(device),
         )
-        return None if raw is None else parse_link(raw)
+        return None if message is None else parse_link(message)
 
     def link(self, device: str | int) -> Link:
         """Raises InterfaceGone."""
@@ -258,8 +229,16 @@ class Network:
                     cure="Choose another name for the endpoint's interface, or remove that one",
                 )
             self._create_veth(host_name, peer, peer_name, mtu, host_mac, peer_mac)
-        host_link = self._adjust(host_name, mtu=mtu, mac=host_mac, up=up)
-        peer_link = peer._adjust(peer_name, mtu=mtu, mac=peer_mac, up=up)
+            host_link = self.link(host_name)
+            peer_link = peer.link(peer_name)
+        assert peer_link is not None, "the other end of a pair is there"
+        changed = self._change(host_link, mtu=mtu, mac=host_mac, up=up)
+        changed |= peer._change(peer_link, mtu=mtu, mac=peer_mac, up=up)
+        if changed:
+            # Not before both are up: since Linux 6.8 a look at a link whose carrier just came
+            # finishes its activation, and until that is done it drops what is sent.
+            host_link = self.link(host_name)
+            peer_link = peer.link(peer_name)
         return VethPair(
             host_index=host_link.index,
             host_mac=host_link.mac,
@@ -293,29 +272,23 @@ class Network:
         host_mac: str | None,
         peer_mac: str | None,
     ) -> None:
-        def end(name: str, mac: str | None) -> bytes:
-            data = text(_IFLA_IFNAME, _named(name))
+        def end(name: str, mac: str | None) -> dict[str, Any]:
+            settings: dict[str, Any] = {"ifname": _named(name)}
             if mtu is not None:
-                data += u32(_IFLA_MTU, mtu)
+                settings["mtu"] = mtu
             if mac is not None:
-                data += attribute(_IFLA_ADDRESS, mac_bytes(mac))
-            return data
+                settings["address"] = _mac(mac)
+            return settings
 
-        header = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         with peer._netns.dup() if peer._netns is not None else NetNS.own() as target:
-            peer_end = header + end(peer_name, peer_mac) + u32(_IFLA_NET_NS_FD, target.fileno())
             # Made in its final place under its final name, so no half-made pair shows.
-            body = header + end(host_name, host_mac)
-            body += nested(
-                _IFLA_LINKINFO,
-                text(_IFLA_INFO_KIND, "veth"),
-                nested(_IFLA_INFO_DATA, nested(_VETH_INFO_PEER, peer_end)),
-            )
             self._nl.request(
-                _RTM_NEWLINK,
-                body,
-                flags=NLM_F_CREATE | NLM_F_EXCL,
+                "link",
+                "add",
                 what=f"cannot create the veth pair {host_name}/{peer_name}{peer._where}",
+                kind="veth",
+                peer=end(peer_name, peer_mac) | {"net_ns_fd": target.fileno()},
+                **end(host_name, host_mac),
             )
 
     def ensure_host_pair(
@@ -324,49 +297,41 @@ class Network:
         """The pair whose first end holds the node's router addresses; both ends here and up."""
         return self.ensure_veth(name, self, peer_name, mtu=mtu)
 
-    def _adjust(
-        self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
-    ) -> Link:
-        """Changes what differs; returns the link as it is then."""
-        link = self.link(name)
-        attributes = b""
+    def _change(self, link: Link, *, mtu: int | None, mac: str | None, up: bool | None) -> bool:
+        """Changes what differs; False when nothing does."""
+        settings: dict[str, Any] = {}
         if mtu is not None and link.mtu != mtu:
-            attributes += u32(_IFLA_MTU, mtu)
-        if mac is not None and link.mac != mac.lower():
-            attributes += attribute(_IFLA_ADDRESS, mac_bytes(mac))
-        change = _IFF_UP if up is not None and link.up != up else 0
-        if attributes or change:
-            flags = _IFF_UP if up else 0
-            body = _IFINFO.pack(socket.AF_UNSPEC, 0, link.index, flags, change) + attributes
-            self._nl.request(_RTM_NEWLINK, body, what=f"cannot change {name}{self._where}")
-            link = self.link(name)
-        return link
+            settings["mtu"] = mtu
+        if mac is not None and link.mac != _mac(mac):
+            settings["address"] = _mac(mac)
+        if up is not None and link.up != up:
+            settings["state"] = "up" if up else "down"
+        if not settings:
+            return False
+        what = f"cannot change {link.name}{self._where}"
+        return self._nl.request("link", "set", what=what, index=link.index, **settings)
 
     def ensure_link(
         self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
     ) -> Link:
         """Makes an existing link have these settings. Raises InterfaceGone."""
-        return self._adjust(name, mtu=mtu, mac=mac, up=up)
+        link = self.link(name)
+        return self.link(name) if self._change(link, mtu=mtu, mac=mac, up=up) else link
 
     def rename_link(self, device: str | int, name: str) -> None:
         """The link must be down on kernels before 6.2."""
         link = self.link(device)
-        body = _IFINFO.pack(socket.AF_UNSPEC, 0, link.index, 0, 0) + text(
-            _IFLA_IFNAME, _named(name)
-        )
-        self._nl.request(_RTM_NEWLINK, body, what=f"cannot rename {device} to {name}{self._where}")
+        what = f"cannot rename {device} to {name}{self._where}"
+        self._nl.request("link", "set", what=what, index=link.index, ifname=_named(name))
 
     def delete_link(self, device: str | int) -> bool:
         """Deletes the link, and its other end if it is a veth; False when it was absent."""
-        if isinstance(device, int):
-            body = _IFINFO.pack(socket.AF_UNSPEC, 0, device, 0, 0)
-        else:
-            body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + text(_IFLA_IFNAME, _named(device))
         return self._nl.request(
-            _RTM_DELLINK,
-            body,
+            "link",
+            "del",
             what=f"cannot delete {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
+            **_named_or_index(device),
         )
 
     def _index(self, device: str | int) -> int:
@@ -376,9 +341,8 @@ class Network:
 
     def addresses(self, device: str | int | None = None) -> list[DeviceAddress]:
         index = 0 if device is None else self._index(device)
-        body = _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, index)
-        found = self._nl.dump(_RTM_GETADDR, body, what=f"listing addresses{self._where}")
-        parsed = (parse_address(raw) for raw in found)
+        found = self._nl.dump("addr", what=f"listing addresses{self._where}")
+        parsed = (parse_address(message) for message in found)
         return [a for a in parsed if a is not None and index in (0, a.index)]
 
     def ensure_address(
@@ -391,20 +355,17 @@ class Network:
         flags = _IFA_F_NODAD if address.version == 6 else 0
         if not prefix_route:
             flags |= _IFA_F_NOPREFIXROUTE
-        packed = address.ip.packed
-        body = (
-            _IFADDR.pack(_family(address), address.network.prefixlen, 0, 0, self._index(device))
-            + attribute(_IFA_LOCAL, packed)
-            + attribute(_IFA_ADDRESS, packed)
-            + u32(_IFA_FLAGS, flags)
-        )
         self._nl.request(
-            _RTM_NEWADDR,
-            body,
-            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            "addr",
+            "replace",
             what=f"cannot add the address {address} to {device}{self._where}",
             # IPv4 of before 6.x answers this to a replacement that changes nothing.
             ignore=(errno.EEXIST,),
+            index=self._index(device),
+            family=_family(address),
+            address=str(address.ip),
+            prefixlen=address.network.prefixlen,
+            flags=flags,
         )
 
     def delete_address(self, device: str | int, address: Interface) -> bool:
@@ -412,14 +373,15 @@ class Network:
         link = self.find_link(device)
         if link is None:
             return False
-        body = _IFADDR.pack(
-            _family(address), address.network.prefixlen, 0, 0, link.index
-        ) + attribute(_IFA_LOCAL, address.ip.packed)
         return self._nl.request(
-            _RTM_DELADDR,
-            body,
+            "addr",
+            "del",
             what=f"cannot remove the address {address} from {device}{self._where}",
             ignore=(errno.EADDRNOTAVAIL, errno.ENODEV),
+            index=link.index,
+            family=_family(address),
+            local=str(address.ip),
+            prefixlen=address.network.prefixlen,
         )
 
     # ---- routes
@@ -428,10 +390,18 @@ class Network:
         """Unicast and other routes of both families; `table` None lists every table."""
         found: list[Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-            for raw in self._nl.dump(_RTM_GETROUTE, body, what=f"listing routes{self._where}"):
-                route = parse_route(raw)
-                if route is not None and table in (None, route.table):
+            spec = {} if table is None else {"table": table}
+            messages = self._nl.dump(
+                "route",
+                _DUMP_ROUTES,
+                what=f"listing routes{self._where}",
+                ignore=(errno.ENOENT,),  # no such table
+                family=family,
+                **spec,
+            )
+            for message in messages:
+                route = parse_route(message)
+                if route is not None:
                     found.append(route)
         return found
 
@@ -451,18 +421,22 @@ class Network:
         A gateway is reached on-link, whatever the device's addresses are. `source` is the address
         that the node's own packets get.
         """
-        body = self._route_body(
-            destination, self._index(device), gateway, table, priority, protocol=ROUTE_PROTOCOL
-        )
+        spec = self._route_spec(destination, self._index(device), table, priority)
+        if gateway is not None:
+            spec |= {"gateway": str(gateway), "flags": _RTNH_F_ONLINK}
         if source is not None:
-            body += attribute(_RTA_PREFSRC, source.packed)
+            spec["prefsrc"] = str(source)
         if mtu is not None:
-            body += nested(_RTA_METRICS, u32(_RTAX_MTU, mtu))
+            spec["metrics"] = {"mtu": mtu}
+        v4_on_link = destination.version == 4 and gateway is None
         self._nl.request(
-            _RTM_NEWROUTE,
-            body,
-            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            "route",
+            "replace",
             what=f"cannot set the route to {destination} by {device}{self._where}",
+            type=_RTN_UNICAST,
+            proto=ROUTE_PROTOCOL,
+            scope=RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE,
+            **spec,
         )
 
     def delete_route(
@@ -480,49 +454,30 @@ class Network:
             if link is None:
                 return False
             index = link.index
-        body = self._route_body(destination, index, None, table, priority, protocol=0, scope=255)
         return self._nl.request(
-            _RTM_DELROUTE,
-            body,
+            "route",
+            "del",
             what=f"cannot remove the route to {destination}{self._where}",
             ignore=(errno.ESRCH, errno.ENOENT, errno.ENODEV),
+            scope=_RT_SCOPE_NOWHERE,
+            **self._route_spec(destination, index, table, priority),
         )
 
-    def _route_body(
-        self,
-        destination: Network_,
-        index: int,
-        gateway: Address | None,
-        table: int,
-        priority: int | None,
-        *,
-        protocol: int,
-        scope: int | None = None,
-    ) -> bytes:
-        if scope is None:
-            v4_on_link = destination.version == 4 and gateway is None
-            scope = RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE
-        body = _RTMSG.pack(
-            _family(destination),
-            destination.prefixlen,
-            0,
-            0,
-            table if table < 256 else 0,
-            protocol,
-            scope,
-            _RTN_UNICAST if protocol else 0,
-            _RTNH_F_ONLINK if gateway is not None else 0,
-        )
-        body += u32(_RTA_TABLE, table)
+    def _route_spec(
+        self, destination: Network_, index: int, table: int, priority: int | None
+    ) -> dict[str, Any]:
+        spec: dict[str, Any] = {
+            "family": _family(destination),
+            "dst_len": destination.prefixlen,
+            "table": table,
+        }
         if destination.prefixlen:
-            body += attribute(_RTA_DST, destination.network_address.packed)
+            spec["dst"] = str(destination.network_address)
         if index:
-            body += u32(_RTA_OIF, index)
-        if gateway is not None:
-            body += attribute(_RTA_GATEWAY, gateway.packed)
+            spec["oif"] = index
         if priority is not None:
-            body += u32(_RTA_PRIORITY, priority)
-        return body
+            spec["priority"] = priority
+        return spec
 
     # ---- neighbours
 
@@ -530,25 +485,25 @@ class Network:
         index = self._index(device)
         found: list[Neighbour] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            body = _NDMSG.pack(family, 0, 0, 0, 0)
-            for raw in self._nl.dump(_RTM_GETNEIGH, body, what=f"listing neighbours{self._where}"):
-                neighbour = _parse_neighbour(raw)
+            for message in self._nl.dump(
+                "neigh", what=f"listing neighbours{self._where}", family=family
+            ):
+                neighbour = _parse_neighbour(message)
                 if neighbour is not None and neighbour.index == index:
                     found.append(neighbour)
         return found
 
     def ensure_neighbour(self, device: str | int, address: Address, mac: str) -> None:
         """A permanent entry: the address is never asked for on this device."""
-        body = (
-            _NDMSG.pack(_family(address), self._index(device), _NUD_PERMANENT, 0, 0)
-            + attribute(_NDA_DST, address.packed)
-            + attribute(_NDA_LLADDR, mac_bytes(mac))
-        )
         self._nl.request(
-            _RTM_NEWNEIGH,
-            body,
-            flags=NLM_F_CREATE | NLM_F_REPLACE,
+            "neigh",
+            "replace",
             what=f"cannot set the neighbour {address} on {device}{self._where}",
+            ifindex=self._index(device),
+            family=_family(address),
+            dst=str(address),
+            lladdr=_mac(mac),
+            state=_NUD_PERMANENT,
         )
 
     def delete_neighbour(self, device: str | int, address: Address) -> bool:
@@ -556,14 +511,14 @@ class Network:
         link = self.find_link(device)
         if link is None:
             return False
-        body = _NDMSG.pack(_family(address), link.index, 0, 0, 0) + attribute(
-            _NDA_DST, address.packed
-        )
         return self._nl.request(
-            _RTM_DELNEIGH,
-            body,
+            "neigh",
+            "del",
             what=f"cannot remove the neighbour {address} from {device}{self._where}",
             ignore=(errno.ENOENT, errno.ENODEV),
+            ifindex=link.index,
+            family=_family(address),
+            dst=str(address),
         )
 
     # ---- the node
@@ -643,6 +598,10 @@ def _family(address: Address | Interface | Network_) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
+def _named_or_index(device: str | int) -> dict[str, Any]:
+    return {"index": device} if isinstance(device, int) else {"ifname": _named(device)}
+
+
 def mac_bytes(mac: str) -> bytes:
     """Raises InvalidError."""
     try:
@@ -654,80 +613,80 @@ def mac_bytes(mac: str) -> bytes:
     return packed
 
 
-def _mac_text(payload: bytes | None) -> str:
-    return payload.hex(":") if payload and len(payload) == 6 else ""
+def _mac(mac: str) -> str:
+    """In the one spelling that pyroute2 takes. Raises InvalidError."""
+    return mac_bytes(mac).hex(":")
 
 
-def _address(payload: bytes | None) -> Address | None:
-    if payload is None:
-        return None
-    return IPv4Address(payload) if len(payload) == 4 else IPv6Address(payload)
+def _mac_text(value: str | None) -> str:
+    return value if value and len(value) == 17 else ""  # other link layers have other lengths
 
 
-def parse_link(raw: bytes) -> Link:
-    _, _, index, flags, _ = _IFINFO.unpack_from(raw)
-    attributes = parse_attributes(raw[_IFINFO.size :])
-    info = parse_attributes(attributes.get(_IFLA_LINKINFO, b""))
+def _address(value: str | None) -> Address | None:
+    return None if value is None else ipaddress.ip_address(value)
+
+
+def parse_link(message: Any) -> Link:
+    """Of pyroute2's ifinfmsg."""
+    flags = message["flags"]
+    info = message.get_attr("IFLA_LINKINFO")
     return Link(
-        index=index,
-        name=as_text(attributes.get(_IFLA_IFNAME)),
-        kind=as_text(info.get(_IFLA_INFO_KIND)),
-        mac=_mac_text(attributes.get(_IFLA_ADDRESS)),
-        mtu=as_u32(attributes.get(_IFLA_MTU)),
+        index=message["index"],
+        name=message.get_attr("IFLA_IFNAME") or "",
+        kind=(info and info.get_attr("IFLA_INFO_KIND")) or "",
+        mac=_mac_text(message.get_attr("IFLA_ADDRESS")),
+        mtu=message.get_attr("IFLA_MTU") or 0,
         up=bool(flags & _IFF_UP),
         carrier=bool(flags & _IFF_LOWER_UP),
         loopback=bool(flags & _IFF_LOOPBACK),
-        master=as_u32(attributes.get(_IFLA_MASTER)),
-        link=as_u32(attributes.get(_IFLA_LINK)),
-        foreign_link=_IFLA_LINK_NETNSID in attributes,
-        alias=as_text(attributes.get(_IFLA_IFALIAS)),
+        master=message.get_attr("IFLA_MASTER") or 0,
+        link=message.get_attr("IFLA_LINK") or 0,
+        foreign_link=message.get_attr("IFLA_LINK_NETNSID") is not None,
+        alias=message.get_attr("IFLA_IFALIAS") or "",
     )
 
 
-def parse_address(raw: bytes) -> DeviceAddress | None:
-    family, prefix_length, _, scope, index = _IFADDR.unpack_from(raw)
-    if family not in (socket.AF_INET, socket.AF_INET6):
+def parse_address(message: Any) -> DeviceAddress | None:
+    """Of pyroute2's ifaddrmsg; None for another family."""
+    if message["family"] not in (socket.AF_INET, socket.AF_INET6):
         return None
-    attributes = parse_attributes(raw[_IFADDR.size :])
     # On point-to-point links IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
-    payload = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS)
-    address = _address(payload)
+    address = _address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
     if address is None:
         return None
-    interface = ipaddress.ip_interface((address, prefix_length))
-    return DeviceAddress(index=index, interface=interface, scope=scope)
+    interface = ipaddress.ip_interface((address, message["prefixlen"]))
+    return DeviceAddress(index=message["index"], interface=interface, scope=message["scope"])
 
 
-def parse_route(raw: bytes) -> Route | None:
-    family, length, _, _, table, protocol, scope, kind, _ = _RTMSG.unpack_from(raw)
+def parse_route(message: Any) -> Route | None:
+    """Of pyroute2's rtmsg; None for another family."""
+    family = message["family"]
     if family not in (socket.AF_INET, socket.AF_INET6):
         return None
-    attributes = parse_attributes(raw[_RTMSG.size :])
-    destination = _address(attributes.get(_RTA_DST))
+    destination = _address(message.get_attr("RTA_DST"))
     if destination is None:
         destination = IPv4Address(0) if family == socket.AF_INET else IPv6Address(0)
+    table = message.get_attr("RTA_TABLE")
     return Route(
-        destination=ipaddress.ip_network((destination, length), strict=False),
-        gateway=_address(attributes.get(_RTA_GATEWAY)),
-        index=as_u32(attributes.get(_RTA_OIF)),
-        source=_address(attributes.get(_RTA_PREFSRC)),
-        table=as_u32(attributes.get(_RTA_TABLE), table),
-        protocol=protocol,
-        scope=scope,
-        type=kind,
-        priority=as_u32(attributes.get(_RTA_PRIORITY)),
+        destination=ipaddress.ip_network((destination, message["dst_len"]), strict=False),
+        gateway=_address(message.get_attr("RTA_GATEWAY")),
+        index=message.get_attr("RTA_OIF") or 0,
+        source=_address(message.get_attr("RTA_PREFSRC")),
+        table=message["table"] if table is None else table,
+        protocol=message["proto"],
+        scope=message["scope"],
+        type=message["type"],
+        priority=message.get_attr("RTA_PRIORITY") or 0,
     )
 
 
-def _parse_neighbour(raw: bytes) -> Neighbour | None:
-    _, index, state, _, _ = _NDMSG.unpack_from(raw)
-    attributes = parse_attributes(raw[_NDMSG.size :])
-    address = _address(attributes.get(_NDA_DST))
+def _parse_neighbour(message: Any) -> Neighbour | None:
+    address = _address(message.get_attr("NDA_DST"))
     if address is None:
         return None
     return Neighbour(
-        index=index,
+        index=message["ifindex"],
         address=address,
-        mac=_mac_text(attributes.get(_NDA_LLADDR)),
-        permanent=bool(state & _NUD_PERMANENT),
+        mac=_mac_text(message.get_attr("NDA_LLADDR")),
+        permanent=bool(message["state"] & _NUD_PERMANENT),
     )

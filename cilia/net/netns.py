@@ -142,6 +142,12 @@ def _check(fd: int, name: str, *, allow_own: bool) -> None:
         )
 
 
+def enter(netns: NetNS) -> None:
+    """Moves the calling thread, which must be one made for it. Raises NetworkError."""
+    if _libc.setns(netns.fileno(), _CLONE_NEWNET) != 0:
+        raise NetworkError(f"cannot enter the namespace {netns.name}", ctypes.get_errno())
+
+
 def in_netns(netns: NetNS | None, function: Callable[[], T]) -> T:
     """Runs `function` in the namespace and returns what it returns, or raises what it raises.
 
@@ -149,14 +155,12 @@ def in_netns(netns: NetNS | None, function: Callable[[], T]) -> T:
     """
     if netns is None:
         return function()
-    fd = netns.fileno()
     results: list[T] = []
     errors: list[BaseException] = []
 
     def body() -> None:
         try:
-            if _libc.setns(fd, _CLONE_NEWNET) != 0:
-                raise NetworkError(f"cannot enter the namespace {netns.name}", ctypes.get_errno())
+            enter(netns)
             results.append(function())
         except BaseException as error:  # carried to the caller's thread
             errors.append(error)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from cilia.net.device import (
     DeviceAddress,
@@ -22,8 +21,8 @@ from cilia.net.device import (
     parse_link,
     parse_route,
 )
-from cilia.net.netlink import messages, open_watcher
 from cilia.net.netns import NetNS
+from cilia.net.rtnl import open_watcher
 
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_ LINK, IPV4_{IFADDR,ROUTE}, IPV6_ same
 _MAX_DATAGRAMS: Final = 256  # a batch at most, so that a storm does not starve the loop
@@ -49,25 +48,26 @@ async def watch_network(netns: NetNS | None = None) -> AsyncIterator[AsyncIterat
 
     It listens from the moment the context is entered, so list things after that.
     """
-    sock = open_watcher(netns, _GROUPS)
+    watcher = open_watcher(netns, _GROUPS)
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
-    loop.add_reader(sock, readable.set)
+    descriptor = watcher.fileno()
+    loop.add_reader(descriptor, readable.set)
     try:
-        yield _batches(sock, readable)
+        yield _batches(watcher, readable)
     finally:
-        loop.remove_reader(sock)
-        sock.close()
+        loop.remove_reader(descriptor)
+        watcher.close()
 
 
-async def _batches(sock: socket.socket, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
+async def _batches(watcher: Any, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
     while True:
         readable.clear()
         events: list[NetworkEvent] = []
         overrun = False
         for _ in range(_MAX_DATAGRAMS):
             try:
-                data = sock.recv(1 << 16)
+                messages = watcher.get()
             except BlockingIOError:
                 break
             except OSError as error:
@@ -75,8 +75,8 @@ async def _batches(sock: socket.socket, readable: asyncio.Event) -> AsyncIterato
                     raise
                 overrun = True
                 continue
-            for kind, _, _, body in messages(data):
-                event = _decode(kind, body)
+            for message in messages:
+                event = _decode(message)
                 if event is not None:
                     events.append(event)
         if events or overrun:
@@ -85,15 +85,15 @@ async def _batches(sock: socket.socket, readable: asyncio.Event) -> AsyncIterato
             await readable.wait()
 
 
-def _decode(kind: int, body: bytes) -> NetworkEvent | None:
+def _decode(message: Any) -> NetworkEvent | None:
     what: Link | DeviceAddress | Route | None
-    match kind:
+    match kind := message["header"]["type"]:
         case 16 | 17:  # RTM_NEWLINK, RTM_DELLINK
-            what = parse_link(body)
+            what = parse_link(message)
         case 20 | 21:  # RTM_NEWADDR, RTM_DELADDR
-            what = parse_address(body)
+            what = parse_address(message)
         case 24 | 25:  # RTM_NEWROUTE, RTM_DELROUTE
-            what = parse_route(body)
+            what = parse_route(message)
         case _:
             return None
     return None if what is None else NetworkEvent(what, deleted=bool(kind & 1))
