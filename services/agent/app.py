@@ -142,6 +142,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         calculation=calculation,
         datapath=datapath,
         notifier=notifier,
+        saved=saved,
         announce=announce,
         policy_limit=config.map_sizes.policy,
     )
@@ -157,7 +158,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                 allocator.learn(entry.labels, number)
         regeneration.changed(changes)
         regenerate.trigger()
-        controllers.trigger("save-cluster-state")
+        controllers.trigger("save-identities")
         policy_changed.set()
 
     watch = Watch(client, view, on_cluster_change)
@@ -249,14 +250,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                 lives.retry_identity(endpoint.id)
 
     # ---- work that may fail, by name
-    async def save_cluster_state() -> None:
-        if view.live:
-            await datapath.run(
-                saved.save_policies,
-                list(view.policies.values()),
-                revision=view.policy_revision,
-                store_id=view.store_id,
-            )
+    async def save_identities() -> None:
         known = {
             number: entry.labels for number, entry in view.identities.items() if is_cluster(number)
         }
@@ -301,7 +295,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("identity-watch", watch.follow, retry_s=0.5, retry_max_s=2.0, resync_s=0.1),
         Controller("identity-references", settle_references, retry_s=1.0, resync_s=300.0),
         Controller("announcements", push_announcements, retry_s=1.0, resync_s=300.0),
-        Controller("save-cluster-state", save_cluster_state, min_interval_s=0.5),
+        Controller("save-identities", save_identities, min_interval_s=0.5),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),

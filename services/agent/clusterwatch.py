@@ -149,6 +149,7 @@ class ClusterView:
         self.live = False  # a snapshot was received from the service in this run
         self.loaded = False  # a saved policy set was loaded from disk
         self.policy_revision = 0  # of the newest policy change known
+        self.policy_version = 0  # raised whenever the policy set changes here
 
     @property
     def identities(self) -> Mapping[NumericIdentity, IdentityEntry]:
@@ -243,6 +244,8 @@ class ClusterView:
                 self._ips.pop(prefix, None)
             else:
                 self._ips[prefix] = ip
+        if events.policies:
+            self.policy_version += 1
         for name, policy in events.policies.items():
             if policy != self._policies.get(name):
                 changes.policies.add(name)

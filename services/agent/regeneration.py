@@ -38,6 +38,7 @@ from services.agent.datapath import Datapath
 from services.agent.endpoint import Endpoint, EndpointState, SlotIndex, SubjectKey
 from services.agent.endpointtable import Endpoints
 from services.agent.notifications import Notifier
+from services.agent.policystate import PolicyStateFile
 from services.agent.reconcilers.endpointmap import EndpointMapReconciler
 from services.agent.reconcilers.ipcache import IpcacheReconciler
 from services.agent.reconcilers.policymap import PolicyMapReconciler
@@ -86,6 +87,7 @@ class Regeneration:
         calculation: Calculation,
         datapath: Datapath,
         notifier: Notifier,
+        saved: PolicyStateFile,
         announce: Callable[[], Awaitable[None]],
         policy_limit: int,
     ) -> None:
@@ -95,6 +97,8 @@ class Regeneration:
         self.calculation = calculation
         self._datapath = datapath
         self._notifier = notifier
+        self._saved = saved
+        self._saved_version = -1
         self._announce = announce
         self.pending = Pending()
         self._policies: Table[SubjectKey, PolicyMapRow] = Table(
@@ -196,6 +200,9 @@ class Regeneration:
             self.ipcache.changes,
             self.endpointmap.identity_changes,
         )
+        await self._save_policies()
+        # News may come while this flush awaits: it acts on what it folded in, and on that alone.
+        synced, live = self._view.synced, self._view.live
         self._fold()
         calculation = self.calculation
         calculation.set_users(
@@ -204,21 +211,21 @@ class Regeneration:
         revision = self._view.policy_revision
         gone_prefixes = calculation.cidrs.release_due()
         await self._datapath.run(calculation.cidrs.save)
-        if self._view.synced:
+        if synced:
             await self._resolve()
             await self.policymap.flush()
             self._note_policy_errors()
         self._adopt_policies()
-        await self._flush_ipcache()
+        await self._flush_ipcache(prune=live)
         await self._announce()
-        await self._flush_endpoint_rows()
+        await self._flush_endpoint_rows(prune=synced)
         if self._epoch_due or changes_before != (
             self.ipcache.changes,
             self.endpointmap.identity_changes,
         ):
             await self._datapath.raise_epoch()
             self._epoch_due = False
-        if self._view.synced:
+        if synced:
             await self._free_slots()
             self._settle_endpoints(revision)
             self.realised_revision = revision
@@ -227,6 +234,19 @@ class Regeneration:
         self._realised.set()
         self._realised = asyncio.Event()
         metrics.REGENERATION_SECONDS.observe(time.monotonic() - started)
+
+    async def _save_policies(self) -> None:
+        """On disk before in the kernel: a restart must not find a policy set older than what is
+        in force, or it would undo a denial until the identity service is heard."""
+        while self._view.live and self._saved_version != self._view.policy_version:
+            version = self._view.policy_version
+            await self._datapath.run(
+                self._saved.save_policies,
+                list(self._view.policies.values()),
+                revision=self._view.policy_revision,
+                store_id=self._view.store_id,
+            )
+            self._saved_version = version
 
     def _fold(self) -> None:
         pending, self.pending = self.pending, Pending(everything=False)
@@ -341,18 +361,18 @@ class Regeneration:
                 egress_enforced=row.egress_enforced,
             )
 
-    async def _flush_ipcache(self) -> None:
+    async def _flush_ipcache(self, *, prune: bool) -> None:
         wanted = self.calculation.ipcache(
             node=self._node,
             endpoints=[e for e in self._endpoints if e.state not in _CLOSED_STATES],
             cluster=self._view.ips,
         )
         self._ipcache.replace_all(wanted.values())
-        if self._view.live:
+        if prune:
             self._ipcache.mark_synced()
         await self.ipcache.flush()
 
-    async def _flush_endpoint_rows(self) -> None:
+    async def _flush_endpoint_rows(self, *, prune: bool) -> None:
         for endpoint in self._endpoints:
             if endpoint.state in _CLOSED_STATES:
                 self._rows.delete(endpoint.id)
@@ -360,7 +380,7 @@ class Regeneration:
             row = self._row_of(endpoint)
             if row is not None:
                 self._rows.upsert(row)
-        if self._view.synced:
+        if prune:
             self._rows.mark_synced()
         await self.endpointmap.flush()
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import structlog
 
 from cilia.bpf import Map
 from cilia.bpf.constants import POLICY_META_HAS_DENY
@@ -36,6 +37,8 @@ from services.agent.datapath import Datapath
 from services.agent.endpoint import SlotIndex, SubjectKey
 from services.agent.policyrows import NO_MASKS, Masks, PolicyRows, difference
 from services.agent.rows import PolicyMapRow
+
+log = structlog.get_logger()
 
 CHANGING: Final = 1 << 0  # policy_meta.flags
 _SMALLEST: Final = 64
@@ -128,6 +131,7 @@ class PolicyMaps:
             and actual.rows == rows
         ):
             return False
+        interrupted = actual is not None and actual.changing
         old_masks = actual.masks if actual else NO_MASKS
         rev = actual.rev if actual else 0
         if actual is None:
@@ -147,6 +151,15 @@ class PolicyMaps:
         self._last_rev += 1
         self._put_meta(row.slot, self._last_rev, masks, CHANGING)
         self._put_meta(row.slot, self._last_rev, masks, 0)
+        log.debug(
+            "A policy was written.",
+            subject=str(row.subject),
+            slot=row.slot,
+            rev=self._last_rev,
+            rows=len(rows),
+            rows_before=len(actual.rows) if actual else None,
+            interrupted=interrupted,
+        )
         self._actual[row.slot] = _Actual(inner, rows, masks, self._last_rev, False)
         return True
 
@@ -194,6 +207,7 @@ class PolicyMaps:
             self._put_meta(slot, rev, NO_MASKS, 0)
         self._policy.clear_inner(slot)
         self._actual.pop(slot, None)
+        log.debug("A policy slot was emptied.", slot=slot)
 
     def _put_meta(self, slot: int, rev: int, masks: Masks, flags: int) -> None:
         value = np.zeros(1, POLICY_META)
