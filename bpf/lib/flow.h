@@ -15,14 +15,15 @@
 #define ORIGIN_HOST     1 /* this node's own stack */
 #define ORIGIN_OUTSIDE  2 /* a device: never host, node or endpoint identity */
 
-#define ID_UNKNOWN     0
-#define ID_HOST        1
-#define ID_HEALTH      4
-#define ID_REMOTE_NODE 6
-#define ID_WORLD_IP4   9
-#define ID_WORLD_IP6   10
-#define ID_CLUSTER_MIN 256
-#define ID_LOCAL_BIT   (1u << 24) /* identities of CIDRs, known on this node only */
+#define ID_UNKNOWN        0
+#define ID_HOST           1
+#define ID_WORLD          2
+#define ID_HEALTH         4
+#define ID_KUBE_APISERVER 7
+#define ID_WORLD_IP4      9
+#define ID_WORLD_IP6      10
+#define ID_CLUSTER_MIN    256
+#define ID_LOCAL_BIT      (1u << 24) /* identities of CIDRs, known on this node only */
 
 /* A local end of the packet: the head of its struct endpoint. ifindex 0: not local. */
 struct end {

@@ -40,15 +40,16 @@ static __always_inline bool is_cluster_identity(__u32 id)
 
 /*
  * A sender outside chooses its own source address: whatever the ipcache says,
- * it does not become host, node, health or endpoint.
+ * it is the world, an API server, or what a CIDR of some policy calls it; never
+ * host, node, health or endpoint.
  */
 static __always_inline __u32 identity_of_outsider(const union addr *addr)
 {
 	__u32 id = ipcache_identity(addr);
 
-	if (id == ID_HOST || id == ID_HEALTH || id == ID_REMOTE_NODE || is_cluster_identity(id))
-		return identity_of_world(addr);
-	return id;
+	if (id == ID_WORLD || id == ID_KUBE_APISERVER || (id & ID_LOCAL_BIT))
+		return id;
+	return identity_of_world(addr);
 }
 
 static __always_inline void flow_identities(const struct packet *p, struct flow *f)
