@@ -8,7 +8,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
-TESTS := tests/unit tests/datapath tests/integration tests/e2e tests/lint
+TESTS := tests/unit tests/datapath tests/integration tests/e2e tests/kernels tests/lint
 PYTEST_ARGS ?=
 
 # ---- for people

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from tests.kernels import machine, packages
 
@@ -36,13 +37,11 @@ def main() -> int:
     parser.add_argument("--command", action="store_true", help="what follows -- is a command")
     options = parser.parse_args(arguments)
 
-    python = str(packages.REPOSITORY / ".venv/bin/python")
+    command: Sequence[str] = machine.CHECKS
     if options.command:
         command = rest
     elif rest:
-        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=600", *rest]
-    else:
-        command = [python, "-m", "tests.kernels.inside"]
+        command = [machine.PYTHON, "-m", "pytest", "--color=no", "--timeout=600", *rest]
     worst = 0
     for series in options.kernel or packages.SERIES:
         try:
@@ -55,7 +54,11 @@ def main() -> int:
         except packages.Unavailable as reason:
             print(f"---- {series}: not booted: {reason}", flush=True)
             code, began = SKIPPED, time.monotonic()
-        print(f"---- {series}: status {code} after {time.monotonic() - began:.0f} s", flush=True)
+        meaning = machine.STATUS.get(code, "of the command")
+        print(
+            f"---- {series}: status {code} ({meaning}) after {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
         worst = worst or code
     return worst
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -49,7 +49,6 @@ def _features() -> None:
 
 
 def _load(name: str, rodata: Rodata) -> None:
-    began = time.monotonic()
     with Object.open(
         OBJECTS / f"{name}.o", rodata=rodata, pin_dir=None, layouts=layout.CILIA, log_level=4
     ) as obj:
@@ -62,20 +61,20 @@ def _load(name: str, rodata: Rodata) -> None:
             # "processed 4711 insns (limit 1000000) ..." of the last program (log level 4: sums)
             if line.startswith("processed"):
                 print(f"  {line}")
-        seconds = time.monotonic() - began
-        print(f"  {', '.join(obj.program_names())}: accepted in {seconds:.1f} s")
+        print(f"  accepted: {', '.join(obj.program_names())}")
 
 
 @contextmanager
 def _check(name: str, failed: list[str]) -> Iterator[None]:
     print(f"== {name}", flush=True)
+    began = time.monotonic()
     try:
         yield
     except Exception:  # the next check may still say something
         failed.append(name)
         print(f"FAILED {name}: {traceback.format_exc()}", flush=True)
     else:
-        print(f"ok {name}", flush=True)
+        print(f"ok {name} {time.monotonic() - began:.1f} s", flush=True)
 
 
 def main() -> int:
@@ -87,10 +86,11 @@ def main() -> int:
         for name in ("bpf_lxc", "bpf_host"):
             with _check(f"load {name} ({label})", failed):
                 _load(name, rodata)
-    checks: list[tuple[str, Callable[[], None]]] = list(traffic.checks())
-    for name, check in checks:
-        with _check(name, failed):
-            check()
+    for mode in traffic.modes():
+        with _check(f"attach ({mode})", failed), traffic.Site(mode) as site:
+            for name, check in traffic.CHECKS:
+                with _check(f"traffic {name} ({mode})", failed):
+                    check(site)
     print(f"kernel {platform.release()}: {'FAILED: ' + ', '.join(failed) if failed else 'all ok'}")
     return 1 if failed else 0
 

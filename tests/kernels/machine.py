@@ -19,6 +19,9 @@ from tests.kernels.packages import REPOSITORY, Kernel, Unavailable
 
 QEMU: Final = "qemu-system-x86_64"
 MEMORY_MIB: Final = 3072
+PYTHON: Final = str(REPOSITORY / ".venv" / "bin" / "python")
+CHECKS: Final = (PYTHON, "-m", "tests.kernels.inside")
+STATUS: Final = {124: "it ran out of time", 125: "it ended without a status: a panic, most likely"}
 
 
 def _program(name: str, package: str) -> Path:
