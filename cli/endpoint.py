@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cli import clients, refs, render, shapes
+from cli import clients, complete, refs, render, shapes
 from cli.errors import CliError, Exit
 from cli.settings import Group, Settings, examples, pass_settings
 from protos.agent.v1 import agent_pb2
@@ -86,7 +86,7 @@ def list_(settings: Settings, label: tuple[str, ...], no_headers: bool) -> None:
 
 
 @endpoint.command("get")
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @pass_settings
 def get(settings: Settings, ref: str) -> None:
     """Show one endpoint."""
@@ -200,7 +200,7 @@ def add(
 
 
 @endpoint.command("delete")
-@click.argument("ref", nargs=-1, required=True, metavar="REF...")
+@click.argument("ref", nargs=-1, required=True, metavar="REF...", shell_complete=complete.endpoints)
 @pass_settings
 def delete(settings: Settings, ref: tuple[str, ...]) -> None:
     """Remove endpoints: links, addresses, map entries and the identity reference."""
@@ -233,7 +233,7 @@ cilia endpoint labels web
 cilia endpoint labels web --add tier=front --delete tier
 """),
 )
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @click.option("-a", "--add", "add", multiple=True, help="Add or change a label.")
 @click.option("-d", "--delete", "remove", multiple=True, help="Remove a label (a key is enough).")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the new policy is in force.")
@@ -282,7 +282,7 @@ cilia endpoint config web
 cilia endpoint config web PolicyEnforcement=always PolicyAudit=Enabled
 """),
 )
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @click.argument("option", nargs=-1, metavar="[KEY=VALUE]...")
 @pass_settings
 def config(settings: Settings, ref: str, option: tuple[str, ...]) -> None:
@@ -313,7 +313,7 @@ def config(settings: Settings, ref: str, option: tuple[str, ...]) -> None:
 
 
 @endpoint.command("log")
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @pass_settings
 def log(settings: Settings, ref: str) -> None:
     """Show what happened to an endpoint, newest first."""
@@ -332,7 +332,7 @@ def log(settings: Settings, ref: str) -> None:
 
 
 @endpoint.command("health")
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @pass_settings
 def health(settings: Settings, ref: str) -> None:
     """Show an endpoint's health."""
@@ -360,7 +360,7 @@ def health(settings: Settings, ref: str) -> None:
 
 
 @endpoint.command("regenerate")
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete.endpoints)
 @pass_settings
 def regenerate(settings: Settings, ref: str) -> None:
     """Resolve an endpoint's policy again and write it to the kernel."""

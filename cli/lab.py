@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cilia.errors import DomainError
-from cli import clients, render
+from cli import clients, complete, render
 from cli.errors import CliError, Exit
 from cli.settings import Group, Settings, examples, pass_settings
 from lab import down as lab_down
@@ -158,7 +158,7 @@ def up(settings: Settings, file: Path, name: str | None, keep_failed: bool) -> N
 
 
 @lab.command("down", epilog=examples("cilia lab down star-wars\ncilia lab down --all"))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete.labs)
 @click.option("--all", "everything", is_flag=True, help="Every lab, and the remains of any.")
 @pass_settings
 def down(settings: Settings, name: str | None, everything: bool) -> None:
@@ -202,7 +202,7 @@ def down(settings: Settings, name: str | None, everything: bool) -> None:
 
 
 @lab.command("status")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete.labs)
 @pass_settings
 def status(settings: Settings, name: str | None) -> None:
     """Show labs as they are now. Exit code 1 when one is not healthy."""
@@ -241,8 +241,10 @@ cilia lab exec --lab star-wars world -- ping -c1 192.0.2.10
 cilia lab exec node1 -- ip route
 """),
 )
-@click.option("--lab", "lab_name", help="The lab, when more than one is up.")
-@click.argument("workload")
+@click.option(
+    "--lab", "lab_name", shell_complete=complete.labs, help="The lab, when more than one is up."
+)
+@click.argument("workload", shell_complete=complete.workloads)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @pass_settings
 def exec_(

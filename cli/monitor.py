@@ -11,16 +11,21 @@ A verdict line for people, after Cilium's:
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
+from cilia.errors import Kind
+from cilia.rpc.errors import RpcError
 from cli import clients, refs, render, shapes
-from cli.errors import CliError, Exit
 from cli.settings import Command, Settings, examples, pass_settings
 from protos.agent.v1 import agent_pb2
+
+RETRY_S = 0.2
 
 TYPES = ("drop", "trace", "verdict", "agent")
 
@@ -60,7 +65,10 @@ def monitor(
     denied: bool,
     count: int | None,
 ) -> None:
-    """Watch verdicts, drops, traces and agent events until Ctrl-C."""
+    """Watch verdicts, drops, traces and agent events until Ctrl-C.
+
+    Goes on when the agent was restarted; what happened meanwhile is not shown.
+    """
 
     async def work(agent: clients.Agent) -> None:
         request = agent_pb2.MonitorRequest(types=types, verdicts_denied_only=denied)
@@ -70,29 +78,45 @@ def monitor(
             else:
                 found = await agent.endpoint.Get(refs.endpoint_ref(text), timeout=agent.timeout_s)
                 request.endpoint_ids.append(found.id)
-        seen = 0
-        stream = agent.monitor.Monitor(request)
-        # The agent sends its headers once subscribed: from here on nothing is missed.
-        await stream.initial_metadata()
-        if not settings.json:
-            render.warn("Listening for events. Press Ctrl-C to quit.")
-        async for item in stream:
-            shape = shapes.event(item)
-            if settings.json:
-                render.json_line(shape)
-            else:
-                render.line(settings, *event_line(shape))
-                sys.stdout.flush()
-            seen += 1
-            if count is not None and seen >= count:
-                return
-        raise CliError("the agent ended the stream", code=Exit.UNREACHABLE, hint="Was it stopped?")
+        left = count
+        while True:
+            stream = agent.monitor.Monitor(request)
+            # The agent sends its headers once subscribed: from here on nothing is missed.
+            await stream.initial_metadata()
+            listened = not stream.done()
+            if listened:
+                _say(settings, "Listening for events. Press Ctrl-C to quit.")
+            try:
+                async for item in stream:
+                    _show(settings, shapes.event(item))
+                    if left is not None:
+                        left -= 1
+                        if left == 0:
+                            return
+            except RpcError as error:
+                if not listened or error.kind is not Kind.UNAVAILABLE:
+                    raise
+            _say(settings, "The agent went away. Waiting until it is back.")
+            while not clients.answers(Path(settings.agent_socket)):  # noqa: ASYNC110  # its file tells nothing
+                await asyncio.sleep(RETRY_S)
 
     try:
         clients.agent(settings, work)
     except KeyboardInterrupt:
-        if not settings.json:
-            render.warn("\nDisconnected.")
+        _say(settings, "\nDisconnected.")
+
+
+def _say(settings: Settings, text: str) -> None:
+    if not settings.json:
+        render.warn(text)
+
+
+def _show(settings: Settings, shape: dict[str, Any]) -> None:
+    if settings.json:
+        render.json_line(shape)
+    else:
+        render.line(settings, *event_line(shape))
+        sys.stdout.flush()
 
 
 def who(peer: dict[str, Any]) -> str:

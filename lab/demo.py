@@ -633,19 +633,11 @@ def only_one(name: str) -> Iterator[None]:
         yield
 
 
-def _check_machine() -> None:
-    if os.geteuid() != 0:
-        raise LabError("the demo needs root", cure="It makes namespaces and loads programs.")
-    objects = ROOT / "build" / "bpf"
-    if not (objects / "bpf_lxc.o").is_file():
-        raise LabError(f"no compiled programs in {objects}", cure="Run `make bpf`.")
-
-
 def play(screen: Screen, *, name: str, keep: bool) -> int:
     """The whole demo; returns the exit code."""
     started = time.monotonic()
     ledger = Ledger(screen)
-    _check_machine()
+    lab_up.check_machine()
     screen.title("Cilia: who may land on the Death Star?")
     wanted = spec.load(LAB_FILE, name=name)
     try:

@@ -24,6 +24,7 @@ from lab.spec import LabSpec, NodeSpec, WorkloadSpec
 from lab.state import LabState, NodeState, WorkloadState
 
 ROOT = Path(__file__).resolve().parent.parent
+OBJECTS = ROOT / "build" / "bpf"
 
 # The underlay: RFC 2544's benchmark range and a unique local prefix, with the world as the router.
 # The world also owns addresses of documentation ranges (RFC 5737, RFC 3849) that are on no wire.
@@ -60,7 +61,7 @@ def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
             sys.executable, "-m", "services.agent", *common,
             "--node-name", node.name,
             "--bpffs", str(run_dir / "bpf"),
-            "--object-dir", str(ROOT / "build" / "bpf"),
+            "--object-dir", str(OBJECTS),
             "--ipv4-pool", spec.pool4,
             "--ipv6-pool", spec.pool6,
             "--enable-policy", spec.enforcement,
@@ -86,10 +87,19 @@ def environment(extra: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     }
 
 
+def check_machine() -> None:
+    """Raises LabError when a lab cannot be made here, with what is missing."""
+    if os.geteuid() != 0:
+        raise LabError(
+            "a lab needs root", cure="Run it as root: it makes namespaces and loads programs."
+        )
+    if not (OBJECTS / "bpf_lxc.o").is_file():
+        raise LabError(f"no compiled programs in {OBJECTS}", cure="Run `make bpf`.")
+
+
 def up(spec: LabSpec, *, say: Say, keep_failed: bool = False) -> LabState:
     """Make the lab and return when all of it answers. Raises LabError; then nothing is left."""
-    if os.geteuid() != 0:
-        raise LabError("a lab needs root", cure="Run it as root: it makes network namespaces.")
+    check_machine()
     with state.locked(spec.name):
         known = state.read(spec.name)
         if known is not None and known.ready and known.boot_id == state.boot_id():

@@ -33,7 +33,7 @@ workloads:
   - name: other
     labels: {app: other}
   - name: far
-    namespace: shop
+    namespace: yard
     labels: {app: server}
     command: python -m lab.httpd --name far
     ports: [80]

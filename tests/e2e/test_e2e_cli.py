@@ -77,7 +77,7 @@ def test_endpoint_list_and_get(lab: Lab) -> None:
     by_label = lab.cilia.json("endpoint", "list", "-l", "app=server")
     assert {(e["namespace"], e["name"]) for e in by_label} == {
         ("default", "server"),
-        ("shop", "far"),
+        ("yard", "far"),
     }
     server = lab.cilia.json("endpoint", "get", "server")
     for ref in (str(server["id"]), "default/server", server["ipv4"], server["ipv6"]):
@@ -189,8 +189,8 @@ def test_policy_is_enforced_explained_and_taken_back(lab: Lab, tmp_path: Path) -
         for flag in ("-4", "-6"):
             assert lab.http("client", "http://server/", flag)["exit"] == 0
             assert lab.http("other", "http://server/", flag, timeout_s=0.7)["exit"] == 28
-            # The policy is of namespace default: the server in `shop` is not its subject.
-            assert lab.http("other", "http://far.shop/", flag)["exit"] == 0
+            # The policy is of namespace default: the server in `yard` is not its subject.
+            assert lab.http("other", "http://far.yard/", flag)["exit"] == 0
         again = lab.cilia.json("policy", "apply", str(path))
         assert again["outcomes"][0]["change"] == "unchanged"
         got = lab.cilia.json("policy", "get", "e2e-server")["policies"]
@@ -387,6 +387,9 @@ def test_version_and_completion(lab: Lab) -> None:
     assert set(shape) == {"client", "agent"}
     assert shape["agent"]
     assert "cilia" in lab.cilia.ok("completion", "bash")
+    asked = {"_CILIA_COMPLETE": "bash_complete", "COMP_WORDS": "cilia endpoint get s"}
+    typed = Cilia({**lab.cilia.env, **asked, "COMP_CWORD": "3"})
+    assert typed.run().stdout.splitlines() == ["plain,server"]
 
 
 def test_cleanup_refuses_a_running_agent_and_finds_nothing_elsewhere(
@@ -412,7 +415,7 @@ def test_lab_exec_and_status(lab: Lab) -> None:
         "lab", "exec", "--lab", lab.name, "client", "--", "sh", "-c", "cat /etc/hosts; exit 7"
     )
     assert done.returncode == 7
-    assert "far.shop" in done.stdout
+    assert "far.yard" in done.stdout
     assert lab.cilia.ok("lab", "exec", "--lab", lab.name, "node1", "ip", "-br", "addr").count("cil")
     lab.cilia.fails(5, "lab", "exec", "--lab", lab.name, "nobody", "true")
     lab.cilia.fails(5, "lab", "exec", "--lab", "no-such-lab", "client", "true")

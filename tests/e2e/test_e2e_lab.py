@@ -68,8 +68,22 @@ def test_down_after_everything_was_killed(name: str, file: Path) -> None:
     cilia = Cilia()
     shape = cilia.json("lab", "up", str(file), "--name", name)
     pids = [s["pid"] for s in shape["nodes"][0]["services"]]
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    node = shape["nodes"][0]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", "--agent-socket", node["agent_socket"], "monitor"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    ) as monitor:
+        assert monitor.stderr is not None
+        assert "Listening" in monitor.stderr.readline()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert "went away" in monitor.stderr.readline()
+        monitor.kill()
+    text = cilia.fails(3, "--agent-socket", node["agent_socket"], "status")
+    assert "nobody answers" in text
     status = cilia.run("lab", "status", name, "-o", "json")
     assert status.returncode == 1
     assert json.loads(status.stdout)[0]["healthy"] is False

@@ -233,3 +233,26 @@ def test_tables_off_a_terminal_are_whole_and_plain(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert count == 2
     assert lines == ["A        B", f"1        {long}", "denied   [b]not markup[/b]"]
+
+
+def test_completion_offers_nouns_and_verbs_and_never_complains(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CILIA_AGENT_SOCK", str(tmp_path / "nobody.sock"))
+
+    def offered(words: str) -> list[str]:
+        done = CliRunner().invoke(
+            cli,
+            prog_name="cilia",
+            env={
+                "_CILIA_COMPLETE": "bash_complete",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split(" ")) - 1),
+            },
+        )
+        assert done.stderr == ""
+        return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+    assert offered("cilia pol") == ["policy"]
+    assert "regenerate" in offered("cilia endpoint ")
+    assert offered("cilia endpoint get ") == []
