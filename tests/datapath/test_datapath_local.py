@@ -107,3 +107,12 @@ def test_policy_denies_at_either_end(node: Node, v6: bool) -> None:
     assert denied.of(constants.EVENT_DROP)[0]["ep_id"] == b.id
     assert not node.ct()
     assert node.hits(b, 7) == 1
+
+
+def test_big_tcp_has_no_length(node: Node, v6: bool) -> None:
+    """Segments of more than 64 KiB carry a length of 0; only of an offloaded packet is it true."""
+    a, b = node.a, node.b
+    packet = tcp(v6, a, b, "A") / bytes(3000)
+    setattr(packet, "plen" if v6 else "len", 0)
+    assert node.send(a, packet, gso_size=1400).verdict == TC_REDIRECT
+    assert node.send(a, packet).drops == [135 if v6 else 134]

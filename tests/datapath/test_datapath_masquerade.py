@@ -393,3 +393,25 @@ def test_answers_need_their_connection(node: Node, v6: bool) -> None:
 def test_from_network_and_aggregation(node: Node, level: int, traces: list[int]) -> None:
     node.runtime(aggregation=level)
     assert node.wire_sends(udp(False, REMOTE4, node.a)).traces == traces
+
+
+@pytest.mark.parametrize("way", ["forward", "answer"])
+def test_a_remote_that_gets_an_identity_is_judged_again(node: Node, v6: bool, way: str) -> None:
+    """A policy came to name its CIDR: from now on it is no longer the world's rule that counts."""
+    a = node.a
+    node.policy(a, [Rule(True, 10 if v6 else 9)])
+    left = node.send(a, udp(v6, a, remote(v6))).packet
+    node.ipcache(f"{remote(v6)}/{128 if v6 else 32}", 1 << 24 | 7)
+    assert node.send(a, udp(v6, a, remote(v6))).verdict == TC_REDIRECT  # not told yet
+    node.runtime(ipcache_epoch=2)
+    if way == "forward":
+        cut = node.send(a, udp(v6, a, remote(v6)))
+    else:
+        cut = node.wire_sends(swapped(left))
+    assert cut.drops == [133]
+    (event,) = cut.verdicts
+    assert event["flags"] & constants.EVENT_F_REJUDGED
+    assert (event["ep_id"], event["direction"]) == (a.id, OUT)
+    identity = event["dst_identity"] if way == "forward" else event["src_identity"]
+    assert identity == 1 << 24 | 7
+    assert not node.ct()
