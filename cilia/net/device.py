@@ -236,7 +236,7 @@ class Network:
         changed |= peer._change(peer_link, mtu=mtu, mac=peer_mac, up=up)
         if changed:
             # Not before both are up: since Linux 6.8 a look at a link whose carrier just came
-            # finishes its activation, and until that is done it drops what is sent.
+            # finishes its activation, and a link that is not active yet drops what is sent.
             host_link = self.link(host_name)
             peer_link = peer.link(peer_name)
         return VethPair(
