@@ -80,7 +80,8 @@ def _run(
 ) -> T:
     async def main() -> T:
         path = Path(socket)
-        async with Channel(path, service=name, deadline_s=settings.timeout_s) as channel:
+        service = name.removesuffix(" service")
+        async with Channel(path, service=service, deadline_s=settings.timeout_s) as channel:
             if answers(path):
                 # It is there, perhaps busy: a slow handshake is no reason to say it is away.
                 with contextlib.suppress(TimeoutError):

@@ -33,7 +33,7 @@ workloads:
   - name: other
     labels: {app: other}
   - name: far
-    namespace: yard
+    namespace: test
     labels: {app: server}
     command: python -m lab.httpd --name far
     ports: [80]

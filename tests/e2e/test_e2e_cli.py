@@ -77,7 +77,7 @@ def test_endpoint_list_and_get(lab: Lab) -> None:
     by_label = lab.cilia.json("endpoint", "list", "-l", "app=server")
     assert {(e["namespace"], e["name"]) for e in by_label} == {
         ("default", "server"),
-        ("yard", "far"),
+        ("test", "far"),
     }
     server = lab.cilia.json("endpoint", "get", "server")
     for ref in (str(server["id"]), "default/server", server["ipv4"], server["ipv6"]):
@@ -189,8 +189,8 @@ def test_policy_is_enforced_explained_and_taken_back(lab: Lab, tmp_path: Path) -
         for flag in ("-4", "-6"):
             assert lab.http("client", "http://server/", flag)["exit"] == 0
             assert lab.http("other", "http://server/", flag, timeout_s=0.7)["exit"] == 28
-            # The policy is of namespace default: the server in `yard` is not its subject.
-            assert lab.http("other", "http://far.yard/", flag)["exit"] == 0
+            # The policy is of namespace default: the server in `test` is not its subject.
+            assert lab.http("other", "http://far.test/", flag)["exit"] == 0
         again = lab.cilia.json("policy", "apply", str(path))
         assert again["outcomes"][0]["change"] == "unchanged"
         got = lab.cilia.json("policy", "get", "e2e-server")["policies"]
@@ -415,7 +415,7 @@ def test_lab_exec_and_status(lab: Lab) -> None:
         "lab", "exec", "--lab", lab.name, "client", "--", "sh", "-c", "cat /etc/hosts; exit 7"
     )
     assert done.returncode == 7
-    assert "far.yard" in done.stdout
+    assert "far.test" in done.stdout
     assert lab.cilia.ok("lab", "exec", "--lab", lab.name, "node1", "ip", "-br", "addr").count("cil")
     lab.cilia.fails(5, "lab", "exec", "--lab", lab.name, "nobody", "true")
     lab.cilia.fails(5, "lab", "exec", "--lab", "no-such-lab", "client", "true")

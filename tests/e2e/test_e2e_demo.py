@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from lab import demo as scene
 from lab import down
 from tests.e2e.machine import REPOSITORY, remains_of, remove_remains, traces_of_ours
 
@@ -69,4 +72,35 @@ def test_killed_then_cleaned_by_the_next_then_interrupted(name: str) -> None:
         out, _ = second.communicate(timeout=60)
     assert second.returncode == 130, out
     assert "Traceback" not in out
+    assert remains_of(name) == []
+
+
+OPEN = """\
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: open}
+spec:
+  endpointSelector: {matchLabels: {class: deathstar}}
+  ingress:
+    - fromEndpoints: [{}]
+"""
+
+
+def test_it_fails_when_the_kernel_does_otherwise(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a policy that lets everybody in, the demo must say so, and not be green."""
+    policy = tmp_path / "open.yaml"
+    policy.write_text(OPEN)
+    monkeypatch.setattr(scene, "POLICY", policy)
+    monkeypatch.setattr(scene, "PLANS_BYTES", 6 << 20)
+    monkeypatch.setattr(scene, "EVENT_TIMEOUT_S", 0.3)
+    out = io.StringIO()
+    assert scene.play(scene.Screen(out, color=True), name=name, keep=False) == 1
+    text = out.getvalue()
+    assert "EXPECTED OTHERWISE" in text
+    for family in (4, 6):
+        assert f"act 2: the xwing (org=alliance) is dropped over IPv{family}; seen: 0 of 2" in text
+    assert "without an agent, the xwing is still dropped; seen: 0 of 2" in text
+    assert "\x1b[" in text
     assert remains_of(name) == []
