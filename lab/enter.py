@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from lab import process, state
 from lab.errors import LabError
-from lab.names import Names, netns_path
+from lab.names import netns_path
 from lab.state import LabState
 from lab.up import environment, place_of, world_place
 
@@ -20,11 +20,9 @@ def place_named(lab: LabState, text: str) -> process.Place:
         return world_place(lab)
     for node in lab.nodes:
         if node.name == text:
+            # In the machine's own mount namespace: a node's bpffs is seen from the node.
             return process.Place(
-                netns=netns_path(node.netns),
-                cgroup=Path(node.cgroup) if node.cgroup else None,
-                hosts=Names(lab.name).hosts("default"),
-                resolv=Names(lab.name).etc / "resolv.conf",
+                netns=netns_path(node.netns), cgroup=Path(node.cgroup) if node.cgroup else None
             )
     return place_of(lab, lab.workload(text))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import down
+from lab import down, host
 from tests.e2e.machine import REPOSITORY, Cilia, remains_of, remove_remains, traces_of_ours
 
 TWO = """\
@@ -142,3 +143,39 @@ def test_an_invalid_lab_file_touches_nothing(name: str, tmp_path: Path) -> None:
     text = Cilia().fails(4, "lab", "up", str(path), "--name", name)
     assert f"{path}:3: workloads[0].name: must be lower case" in text
     assert remains_of(name) == []
+
+
+def test_cleanup_leaves_no_trace_on_the_node(name: str, file: Path) -> None:
+    cilia = Cilia()
+    node = cilia.json("lab", "up", str(file), "--name", name)["nodes"][0]
+    run_dir = Path(node["run_dir"])
+    state_dir = run_dir / "state"
+    inside = ("lab", "exec", "--lab", name, node["name"], "--")
+    cleanup = (
+        *inside, "python", "-m", "cli", "cleanup", "--force", "--store",
+        "--run-dir", str(run_dir), "--state-dir", str(state_dir),
+    )  # fmt: skip
+    for service in node["services"]:
+        os.kill(service["pid"], signal.SIGKILL)
+        wait_for_end(service["pid"])
+    assert "cil0" in cilia.ok(*inside, "ip", "-br", "link")
+    kinds = {trace["kind"] for trace in json.loads(cilia.ok(*cleanup, "-o", "json"))}
+    assert {"filter", "interface", "map", "mount", "state", "store"} <= kinds
+    links = cilia.ok(*inside, "ip", "-br", "link")
+    assert "cil" not in links
+    assert "bpf" not in cilia.ok(*inside, "tc", "filter", "show", "dev", "eth0", "ingress")
+    assert "proto 193" not in cilia.ok(*inside, "ip", "route", "show", "table", "all")
+    assert not host.mounts_below(run_dir)
+    assert not (state_dir / "agent").exists()
+    assert not (state_dir / "identity").exists()
+    assert "Nothing of Cilia is left" in cilia.ok(*cleanup)
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    select.select([fd], [], [], 10)
+    os.close(fd)
