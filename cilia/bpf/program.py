@@ -104,7 +104,7 @@ class TestRun:
 class ProgramStats:
     """What the kernel counted; run_* need the sysctl kernel.bpf_stats_enabled."""
 
-    verified_insns: int
+    verified_insns: int  # looked at by the verifier; 0 before Linux 5.16, which does not tell
     xlated_bytes: int
     jited_bytes: int
     run_time_ns: int

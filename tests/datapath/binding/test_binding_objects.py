@@ -111,7 +111,9 @@ def test_test_run_context_is_bounded_by_the_kernel(build: Build) -> None:
     with pytest.raises(BpfError, match="EINVAL"):
         prog.test_run(FRAME, ctx=SkBuffCtx(tc_index=1))
     assert prog.test_run(FRAME, repeat=1000).duration_ns < 1_000_000
-    assert prog.stats().verified_insns > 0
+    assert prog.stats().xlated_bytes > 0
+    if tuple(map(int, os.uname().release.split(".")[:2])) >= (5, 16):  # older ones do not tell
+        assert prog.stats().verified_insns > 0
 
 
 def test_single_operations() -> None:
