@@ -1,7 +1,8 @@
 r"""Real packets: workloads, a node and the world as namespaces, the programs attached.
 
 The node's FORWARD chain drops everything and the world has no route to the endpoints, so what
-arrives got there by redirection and masquerade alone.
+arrives got there by redirection and masquerade alone. With clsact the uplink computes and verifies
+checksums in software, with tcx they are left to the end (CHECKSUM_PARTIAL), as between containers.
 
     a (eth0)---cila \                                  up0w 192.0.2.254, 203.0.113.9
                       node (up0 192.0.2.1)--------------- world
@@ -11,9 +12,12 @@ arrives got there by redirection and masquerade alone.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -44,6 +48,15 @@ from tests.datapath.harness import (
 )
 
 Mode = Literal["tcx", "clsact"]
+
+
+def software_checksums(device: str) -> None:
+    """Make a device compute and verify checksums, which a veth pair else only promises."""
+    for command in (0x15, 0x17):  # ETHTOOL_SRXCSUM, ETHTOOL_STXCSUM
+        value = ctypes.create_string_buffer(struct.pack("=II", command, 0), 8)
+        request = struct.pack("16sQ", device.encode(), ctypes.addressof(value)).ljust(40, b"\0")
+        with socket.socket() as any_socket:
+            fcntl.ioctl(any_socket, 0x8946, request)  # SIOCETHTOOL
 
 
 class Live(Node):
@@ -130,6 +143,10 @@ class Live(Node):
             "sysctl -qw net.ipv4.icmp_ratelimit=0 net.ipv6.icmp.ratelimit=0",
         )
 
+        if self.mode == "clsact":
+            self.thread.call(lambda: software_checksums("up0"))
+            self.spaces["world"].call(lambda: software_checksums("eth0"))
+
     def _attach(self) -> None:
         self.pins.mkdir()
         subprocess.run(["mount", "-t", "bpf", "bpf", str(self.pins)], check=True)
@@ -187,10 +204,11 @@ def live(
     request: pytest.FixtureRequest,
     objects: None,
     need_redirect_peer: None,
-    need_tcx: None,
     need_nft: None,
     need_ping: None,
 ) -> Iterator[Live]:
+    if request.param == "tcx":
+        request.getfixturevalue("need_tcx")
     node = Live(request.param)
     try:
         yield node
