@@ -39,6 +39,7 @@ from cilia.policy import Document, PolicyEngine, ResolvedPolicy
 from services.agent.clusterwatch import IpEntry, PolicyName
 from services.agent.endpoint import Endpoint, OptionMode, SlotIndex, SubjectKey
 from services.agent.identityalloc import CidrIdentities
+from services.agent.ipam import host_network
 from services.agent.policyrows import PolicyRows
 from services.agent.rows import IpcacheRow, PolicyMapRow
 
@@ -281,11 +282,11 @@ class Calculation:
             if endpoint.realised_identity is None:
                 continue
             for address in endpoint.addresses:
-                network = ip_network(address)
+                network = host_network(address)
                 rows[network] = IpcacheRow(
                     prefix=network, identity=endpoint.realised_identity, source="endpoint"
                 )
         for address in (*self.host_addresses, *self._router):
-            network = ip_network(address)
+            network = host_network(address)
             rows[network] = IpcacheRow(prefix=network, identity=HOST, source="host")
         return rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from cilia.bpf import BpfError, LayoutError, Map, MigrationRefused, Object, Prog
 from cilia.bpf.constants import RT_F_ALLOW_FRAG_NEEDED, RT_F_MASQUERADE4, RT_F_MASQUERADE6
 from cilia.bpf.layout import CILIA, RUNTIME, to_addr
 from cilia.errors import DomainError, Kind
+from cilia.net.device import Network
 from cilia.net.mount import mount_bpffs
 from cilia.telemetry import fields
 from services.agent.config import AGGREGATION_LEVEL, ROUTER_LINK_LOCAL, AgentConfig
@@ -67,6 +69,8 @@ class Datapath:
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._executor = ThreadPoolExecutor(max_workers=3, thread_name_prefix="datapath")
+        self._thread = threading.local()
+        self._networks: list[Network] = []
         self._maps: dict[str, Map] = {}
         self._programs: dict[str, Program] = {}
         self._runtime = np.zeros(1, RUNTIME)
@@ -79,6 +83,17 @@ class Datapath:
         """Call something that blocks in the kernel, on the executor."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: fn(*args, **kwargs))
+
+    def host_network(self) -> Network:
+        """This executor thread's socket in the node's namespace; opening one takes milliseconds.
+
+        Only for functions that `run` calls; it is not to be closed.
+        """
+        network: Network | None = getattr(self._thread, "network", None)
+        if network is None:
+            network = self._thread.network = Network()
+            self._networks.append(network)
+        return network
 
     def map(self, name: str) -> Map:
         return self._maps[name]
@@ -104,6 +119,9 @@ class Datapath:
 
     async def stop(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        for network in self._networks:
+            network.close()
+        self._networks.clear()
         for pinned in self._maps.values():
             pinned.close()
         for program in self._programs.values():

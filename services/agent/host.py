@@ -24,8 +24,8 @@ from ipaddress import (
 from typing import Final
 
 from cilia.net import sysctl
-from cilia.net.device import HostDevice, Link, Network
-from cilia.net.watch import watch_network
+from cilia.net.device import DeviceAddress, HostDevice, Link, Route
+from cilia.net.watch import NetworkEvent, watch_network
 from cilia.table import ReadTable, Table
 from services.agent.config import AgentConfig
 from services.agent.datapath import Datapath
@@ -68,6 +68,7 @@ class HostNetwork:
         self._on_links = on_links
         self._devices: Table[int, DeviceRow] = Table("devices", key=lambda row: row.ifindex)
         self._names: frozenset[str] = frozenset()
+        self._own: set[int] = set()  # indexes of endpoints' interfaces
         self.mtu = config.mtu or _DEFAULT_MTU
         self.node_ip = ""
 
@@ -87,42 +88,42 @@ class HostNetwork:
         """Everything stays: endpoints go on without us."""
 
     def _refuse_overlap(self) -> None:
-        with Network() as host:
-            for pool in self._ipam.pools:
-                for route in host.overlapping_routes(
-                    pool.network, ignore_devices=(HOST_DEVICE, _HOST_PEER)
-                ):
-                    link = host.find_link(route.index) if route.index else None
-                    if link is not None and link.name.startswith(_OWN_PREFIXES):
-                        continue
-                    via = f" via {route.gateway}" if route.gateway else ""
-                    device = f" dev {link.name}" if link else ""
-                    raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
+        host = self._datapath.host_network()
+        for pool in self._ipam.pools:
+            for route in host.overlapping_routes(
+                pool.network, ignore_devices=(HOST_DEVICE, _HOST_PEER)
+            ):
+                link = host.find_link(route.index) if route.index else None
+                if link is not None and link.name.startswith(_OWN_PREFIXES):
+                    continue
+                via = f" via {route.gateway}" if route.gateway else ""
+                device = f" dev {link.name}" if link else ""
+                raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
 
     def _ensure_host_pair(self) -> None:
-        with Network() as host:
-            host.ensure_host_pair(HOST_DEVICE, _HOST_PEER, mtu=self.mtu)
-            for name in (HOST_DEVICE, _HOST_PEER):
-                sysctl.set_device(name, sysctl.HOST_SIDE)
-            wanted: set[IPv4Interface | IPv6Interface] = set()
-            for pool in self._ipam.pools:
-                address = ip_interface(pool.router)
-                wanted.add(address)
-                host.ensure_address(HOST_DEVICE, address)
-            for found in host.addresses(HOST_DEVICE):
-                # Of an earlier run with another pool.
-                if found.interface not in wanted and not found.interface.is_link_local:
-                    host.delete_address(HOST_DEVICE, found.interface)
+        host = self._datapath.host_network()
+        host.ensure_host_pair(HOST_DEVICE, _HOST_PEER, mtu=self.mtu)
+        for name in (HOST_DEVICE, _HOST_PEER):
+            sysctl.set_device(name, sysctl.HOST_SIDE)
+        wanted: set[IPv4Interface | IPv6Interface] = set()
+        for pool in self._ipam.pools:
+            address = ip_interface(pool.router)
+            wanted.add(address)
+            host.ensure_address(HOST_DEVICE, address)
+        for found in host.addresses(HOST_DEVICE):
+            # Of an earlier run with another pool.
+            if found.interface not in wanted and not found.interface.is_link_local:
+                host.delete_address(HOST_DEVICE, found.interface)
 
     def _look(self) -> HostView:
-        with Network() as host:
-            devices = tuple(host.host_devices(exclude=_OWN_PREFIXES))
-            addresses = frozenset(
-                found.interface.ip
-                for found in host.addresses()
-                if not found.interface.is_loopback and not found.interface.is_link_local
-            )
-            return HostView(devices, addresses, tuple(host.links()))
+        host = self._datapath.host_network()
+        devices = tuple(host.host_devices(exclude=_OWN_PREFIXES))
+        addresses = frozenset(
+            found.interface.ip
+            for found in host.addresses()
+            if not found.interface.is_loopback and not found.interface.is_link_local
+        )
+        return HostView(devices, addresses, tuple(host.links()))
 
     async def refresh(self) -> None:
         """Look again and act on what changed."""
@@ -133,6 +134,11 @@ class HostNetwork:
         if self._names - names:
             self._on_links()
         self._names = names
+        self._own = {
+            link.index
+            for link in view.links
+            if link.name.startswith(_OWN_PREFIXES) and link.name not in (HOST_DEVICE, _HOST_PEER)
+        }
 
     def _take(self, view: HostView) -> None:
         chosen = [
@@ -166,8 +172,25 @@ class HostNetwork:
         """Calls `trigger` whenever links, addresses or routes change; runs for ever."""
         async with watch_network() as batches:
             trigger()
-            async for _ in batches:
-                trigger()
+            async for batch in batches:
+                # Each is looked at: own interfaces are learned on the way.
+                concerning = [event for event in batch.events if self._concerns(event)]
+                if batch.overrun or concerning:
+                    trigger()
+
+    def _concerns(self, event: NetworkEvent) -> bool:
+        """Whether it may change what we keep. What we do to endpoints' interfaces does not, but
+        that one of them goes does."""
+        match event.what:
+            case Link() as link if link.name.startswith(_OWN_PREFIXES):
+                self._own.add(link.index)
+                if event.deleted:
+                    self._own.discard(link.index)
+                return event.deleted
+            case Link():
+                return True
+            case DeviceAddress() | Route():
+                return event.what.index not in self._own
 
 
 def _device_row(device: HostDevice) -> DeviceRow:

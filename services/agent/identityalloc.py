@@ -185,6 +185,10 @@ class CidrIdentities:
         now = self._clock()
         self._unused_since = dict.fromkeys(numbers, now)
 
+    @property
+    def unsaved(self) -> bool:
+        return self._dirty
+
     def save(self) -> None:
         """Write the numbers down; before any of the new ones is used. Blocking."""
         if self._dirty:

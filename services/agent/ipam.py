@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
 from cilia.errors import (
     ConflictError,
@@ -56,6 +57,18 @@ class PoolOverlap(PreconditionError):
             f"pool {pool} overlaps {what} of this host",
             cure=f"Choose another pool with {option}, or remove that route",
         )
+
+
+@lru_cache(maxsize=16384)
+def host_network(address: Address) -> Network:
+    """The /32 or /128 of an address. Remembered: every flush asks for all of them."""
+    return ip_network(address)
+
+
+@lru_cache(maxsize=16384)
+def host_prefix(address: Address) -> str:
+    """The same as text, `10.217.0.2/32`."""
+    return str(host_network(address))
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class EndpointLives:
                 cure="Use at most 15 characters without blanks, '/' and ':'",
             )
         self._check_labels(request.namespace, request.labels)
-        inode = await self._wiring.check_netns(request.netns, request.interface)
+        inode = await self._wiring.check_netns(request.netns)
         async with AsyncExitStack() as undo:
             endpoint = await self._prepare(request, inode, undo)
             await self._wire(endpoint.id, undo)
@@ -492,13 +492,17 @@ class EndpointLives:
 
     async def end_vanished(self) -> None:
         """Endpoints whose interface is gone: their namespace went, and they with it."""
+        alive = await self._wiring.alive()
         for endpoint in list(self._endpoints):
             if not endpoint.wired or endpoint.state in (
                 EndpointState.CREATING,
                 EndpointState.DISCONNECTING,
             ):
                 continue
-            if not await self._wiring.alive(endpoint):
+            if alive.get(endpoint.host_interface) == endpoint.ifindex:
+                continue
+            again = await self._wiring.alive()  # it may have been made after the first look
+            if again.get(endpoint.host_interface) != endpoint.ifindex:
                 log.info(
                     "An endpoint's namespace is gone.",
                     **{

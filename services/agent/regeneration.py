@@ -210,7 +210,8 @@ class Regeneration:
         )
         revision = self._view.policy_revision
         gone_prefixes = calculation.cidrs.release_due()
-        await self._datapath.run(calculation.cidrs.save)
+        if calculation.cidrs.unsaved:
+            await self._datapath.run(calculation.cidrs.save)
         if synced:
             await self._resolve()
             await self.policymap.flush()

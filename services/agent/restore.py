@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from cilia.net.device import Network
 from cilia.telemetry import fields
 from services.agent.calculation import Calculation
 from services.agent.conntrack import Conntrack
@@ -55,8 +54,8 @@ async def restore(
 
     def read() -> tuple[list[tuple[Endpoint, bool]], dict[str, int]]:
         records.prepare()
-        with Network() as host:
-            return list(records.load()), {link.name: link.index for link in host.links()}
+        host = datapath.host_network()
+        return list(records.load()), {link.name: link.index for link in host.links()}
 
     found, links = await datapath.run(read)
     gone: list[Endpoint] = []

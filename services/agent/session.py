@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from ipaddress import ip_network
 
 from cilia.identity import NumericIdentity
 from services.agent.clients import IdentityClient, IdentityUnavailable, SessionState
 from services.agent.clusterwatch import Changes, ClusterView, IpEntry
 from services.agent.endpoint import Endpoint, EndpointState
 from services.agent.endpointtable import Endpoints
+from services.agent.ipam import host_prefix
 
 
 class Session:
@@ -104,7 +104,7 @@ class Announcer:
                 ):
                     continue
                 for address in endpoint.addresses:
-                    wanted[str(ip_network(address))] = (endpoint.realised_identity, endpoint)
+                    wanted[host_prefix(address)] = (endpoint.realised_identity, endpoint)
             put = [
                 IpEntry(
                     prefix=prefix,

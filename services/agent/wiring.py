@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from cilia.errors import DomainError, Kind
 from cilia.identity import EndpointID
-from cilia.net.device import Network
-from cilia.net.errors import InterfaceExists
 from cilia.net.netns import NetNS
 from cilia.table import ReadTable, Table
 from services.agent.datapath import Datapath
@@ -59,16 +57,11 @@ class Wiring:
     def links(self) -> ReadTable[EndpointID, LinkRow]:
         return self._links.reader()
 
-    async def check_netns(self, path: str, interface: str) -> int:
-        """The inode of the namespace. Raises NamespaceGone, NamespaceError, InterfaceExists."""
+    async def check_netns(self, path: str) -> int:
+        """The inode of the namespace. Raises NamespaceGone, NamespaceError."""
 
         def check() -> int:
-            with NetNS.open(path) as netns, Network(netns) as workload:
-                if workload.find_link(interface) is not None:
-                    raise InterfaceExists(
-                        f"the interface {interface} exists in {path} already",
-                        cure="Give another name with --interface, or remove that one",
-                    )
+            with NetNS.open(path) as netns:
                 return netns.inode[1]
 
         return await self._datapath.run(check)
@@ -77,17 +70,17 @@ class Wiring:
         """The pair, down, with programs on it. Raises DomainErrors."""
 
         def make() -> Made:
-            with NetNS.open(endpoint.netns) as netns, Network() as host:
+            host = self._datapath.host_network()
+            with NetNS.open(endpoint.netns) as netns, self._link.opened(endpoint.id, netns) as peer:
                 # A pair of ours under this name is left from a run that was killed.
                 host.delete_link(endpoint.host_interface)
-                with Network(netns) as workload:
-                    pair = host.ensure_veth(
-                        endpoint.host_interface,
-                        workload,
-                        endpoint.interface,
-                        mtu=self._host.mtu,
-                        up=False,
-                    )
+                pair = host.ensure_veth(
+                    endpoint.host_interface,
+                    peer,
+                    endpoint.interface,
+                    mtu=self._host.mtu,
+                    up=False,
+                )
                 return Made(pair.host_index, _raw(pair.peer_mac), _raw(pair.host_mac))
 
         made = await self._datapath.run(make)
@@ -160,8 +153,9 @@ class Wiring:
         self._links.delete(endpoint.id)
 
         def erase() -> None:
-            with Network() as host:
-                host.delete_link(endpoint.host_interface)
+            self._link.close(endpoint.id)
+            host = self._datapath.host_network()
+            host.delete_link(endpoint.host_interface)
             for row in self.hooks(endpoint, endpoint.ifindex):
                 for name in (row.hook, f"{row.hook}_clsact"):
                     (self._datapath.links_dir / name).unlink(missing_ok=True)
@@ -170,13 +164,12 @@ class Wiring:
         await self._link.flush()
         await self._attach.flush()
 
-    async def alive(self, endpoint: Endpoint) -> bool:
-        """Whether the host's side is still the interface that we made."""
+    async def alive(self) -> dict[str, int]:
+        """Interfaces of the host and their indexes: an endpoint whose own is not there is gone."""
 
-        def look() -> bool:
-            with Network() as host:
-                link = host.find_link(endpoint.host_interface)
-                return link is not None and link.index == endpoint.ifindex
+        def look() -> dict[str, int]:
+            host = self._datapath.host_network()
+            return {link.name: link.index for link in host.links()}
 
         return await self._datapath.run(look)
 

@@ -12,6 +12,8 @@ the addresses are ours to give.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface, ip_network
 from typing import Final
 
@@ -46,9 +48,30 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
         self._datapath = datapath
         self._router4 = router4
         self._router6 = router6
+        self._networks: dict[EndpointID, Network] = {}
+
+    @contextmanager
+    def opened(self, number: EndpointID, netns: NetNS) -> Iterator[Network]:
+        """A socket in the workload's namespace, kept until `close`: one is enough for an add."""
+        network = self._networks.get(number)
+        if network is None:
+            network = self._networks[number] = Network(netns)
+        yield network
+
+    def close(self, number: EndpointID) -> None:
+        """Done with the namespace; nothing open is success."""
+        network = self._networks.pop(number, None)
+        if network is not None:
+            network.close()
 
     async def update(self, row: LinkRow) -> None:
-        await self._datapath.run(self._connect, row)
+        def connect() -> None:
+            try:
+                self._connect(row)
+            finally:
+                self.close(row.id)
+
+        await self._datapath.run(connect)
 
     def _addresses(self, row: LinkRow) -> list[tuple[Address, Address, IPv4Network | IPv6Network]]:
         found: list[tuple[Address, Address, IPv4Network | IPv6Network]] = []
@@ -59,20 +82,20 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
         return found
 
     def _connect(self, row: LinkRow) -> None:
-        with Network() as host:
-            sysctl.set_device(row.host_interface, sysctl.HOST_SIDE)
-            host.ensure_link(row.host_interface, mtu=row.mtu, up=True)
-            try:
-                self._connect_workload(row)
-            except NamespaceGone:
-                # Its name is gone; the namespace lives while the pair does, and is as we made it.
-                host.link(row.host_interface)
-            for address, router, _ in self._addresses(row):
-                host.ensure_route(ip_network(address), device=row.ifindex, source=router)
-                host.ensure_neighbour(row.ifindex, address, row.mac.hex(":"))
+        host = self._datapath.host_network()
+        sysctl.set_device(row.host_interface, sysctl.HOST_SIDE)
+        host.ensure_link(row.host_interface, mtu=row.mtu, up=True)
+        try:
+            self._connect_workload(row)
+        except NamespaceGone:
+            # Its name is gone; the namespace lives while the pair does, and is as we made it.
+            host.link(row.host_interface)
+        for address, router, _ in self._addresses(row):
+            host.ensure_route(ip_network(address), device=row.ifindex, source=router)
+            host.ensure_neighbour(row.ifindex, address, row.mac.hex(":"))
 
     def _connect_workload(self, row: LinkRow) -> None:
-        with NetNS.open(row.netns) as netns, Network(netns) as workload:
+        with NetNS.open(row.netns) as netns, self.opened(row.id, netns) as workload:
             sysctl.set_device(row.interface, sysctl.WORKLOAD, netns=netns)
             link = workload.ensure_link(row.interface, mtu=row.mtu, up=True)
             for address, router, default in self._addresses(row):
@@ -83,7 +106,7 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
 
     async def delete(self, row: LinkRow) -> None:
         def erase() -> None:
-            with Network() as host:
-                host.delete_link(row.host_interface)
+            host = self._datapath.host_network()
+            host.delete_link(row.host_interface)
 
         await self._datapath.run(erase)
