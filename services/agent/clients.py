@@ -295,6 +295,8 @@ def _watch_message(message: identity_pb2.WatchResponse) -> WatchMessage:
 
 def _translated(error: RpcError) -> Exception:
     """The service's absence as IdentityUnavailable; its refusals stay what they are."""
-    if error.kind in (Kind.UNAVAILABLE, Kind.DEADLINE):
+    # Our session begins a moment after we do, and again after the service was away.
+    no_session = error.reason == "NoSession"
+    if no_session or error.kind in (Kind.UNAVAILABLE, Kind.DEADLINE):
         return IdentityUnavailable(error.message)
     return error

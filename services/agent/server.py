@@ -5,10 +5,11 @@ DomainErrors raised below become status codes in the interceptor of cilia.rpc.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
 
@@ -32,6 +33,7 @@ from services.agent.regeneration import Regeneration
 from services.agent.status import Status
 
 T = TypeVar("T")
+Stream = TypeVar("Stream", bound=Callable[..., Any])
 
 _EVENT_TYPES = {"drop": k.EVENT_DROP, "trace": k.EVENT_TRACE, "verdict": k.EVENT_VERDICT}
 if TYPE_CHECKING:
@@ -59,6 +61,22 @@ def _find(endpoints: Endpoints, ref: agent_pb2.EndpointRef) -> Endpoint:
             raise convert.RequestInvalid(
                 "no endpoint was named", cure="Give an id, a name or an address"
             )
+
+
+def _written(method: Stream) -> Stream:
+    """Serve an async generator as a coroutine that writes what it yields.
+
+    When a client goes away grpc.aio drops a generator handler and leaves it to the garbage
+    collector, which finishes it after the call it speaks of is freed. A coroutine is cancelled
+    while its call still is.
+    """
+
+    async def serve(self: object, request: object, context: Context) -> None:
+        async with aclosing(method(self, request, context)) as messages:
+            async for message in messages:
+                await context.write(message)
+
+    return cast(Stream, serve)
 
 
 def _chunks(rows: Iterable[T], size: int = CHUNK_ROWS) -> Iterator[list[T]]:
@@ -278,6 +296,7 @@ class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
         self._datapath = datapath
         self._monitor = monitor
 
+    @_written
     async def DumpPolicy(
         self, request: agent_pb2.DumpPolicyRequest, context: Context
     ) -> AsyncIterator[agent_pb2.PolicyRows]:
@@ -295,6 +314,7 @@ class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
                 if left <= 0:
                     return
 
+    @_written
     async def DumpConntrack(
         self, request: agent_pb2.DumpRequest, context: Context
     ) -> AsyncIterator[agent_pb2.ConntrackRows]:
@@ -304,6 +324,7 @@ class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
         if truncated:
             yield agent_pb2.ConntrackRows(truncated=True)
 
+    @_written
     async def DumpIpcache(
         self, request: agent_pb2.DumpRequest, context: Context
     ) -> AsyncIterator[agent_pb2.IpcacheRows]:
@@ -313,6 +334,7 @@ class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
         if truncated:
             yield agent_pb2.IpcacheRows(truncated=True)
 
+    @_written
     async def DumpEndpoints(
         self, request: agent_pb2.DumpRequest, context: Context
     ) -> AsyncIterator[agent_pb2.EndpointRows]:
@@ -344,6 +366,7 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
         self._monitor = monitor
         self._decoder = decoder
 
+    @_written
     async def Events(
         self, request: agent_pb2.EventsRequest, context: Context
     ) -> AsyncIterator[agent_pb2.EventBatch]:
@@ -365,6 +388,7 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
                     ],
                 )
 
+    @_written
     async def Monitor(
         self, request: agent_pb2.MonitorRequest, context: Context
     ) -> AsyncIterator[agent_pb2.MonitorEvent]:

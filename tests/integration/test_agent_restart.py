@@ -80,7 +80,6 @@ class Traffic:
         )
         assert not self.error
 
-
     def stalls(self) -> None:
         """Cut within a second: what is under way ends, and nothing follows."""
         deadline = time.monotonic() + 1
@@ -291,3 +290,22 @@ def test_cleanup_leaves_no_trace(node: AgentNode) -> None:
     assert "cil" not in links
     assert not (node.run_dir / "bpf").exists()
     assert str(node.run_dir) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_filters_instead_of_links_and_the_change_from_one_to_the_other(node: AgentNode) -> None:
+    node.start("identity")
+    node.start("agent", "--attach", "clsact")
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.workload("stranger", "app=stranger")
+    node.apply(ALLOW_FRIEND)
+    assert node.status().attach_mode == "clsact"
+    with node.stream("friend", "server", server.ipv4) as stream, Traffic(stream) as traffic:
+        traffic.goes_on()
+        assert not node.ping("stranger", server.ipv4)
+        node.stop("agent", signal.SIGKILL)
+        node.start("agent", "--attach", "auto")
+        ready(node, "server", "friend", "stranger")
+        traffic.goes_on()
+        assert node.ping("friend", server.ipv6)
+        assert not node.ping("stranger", server.ipv6)
