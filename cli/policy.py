@@ -80,9 +80,12 @@ def apply(
             settings, lambda agent: agent.policy.Apply(request, timeout=agent.timeout_s)
         )
     except CliError as error:
-        if error.code is Exit.INVALID and error.faults:
-            raise documents.invalid(error.faults, changed_nothing=True) from error
-        raise
+        if error.code is not Exit.INVALID or not error.faults:
+            raise
+        # Faults travel in a header and a header is small: what did not fit is found again here.
+        here = documents.check(sources, default_namespace=namespace).faults
+        faults = max(error.faults, here, key=len)
+        raise documents.invalid(faults, changed_nothing=True) from error
     outcomes = [shapes.outcome(item) for item in reply.outcomes]
     if settings.json:
         render.json(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cilia.errors import Kind
 from lab import process, state
 from lab.errors import LabError
 from lab.names import netns_path
@@ -40,7 +41,7 @@ def node_environment(lab: LabState, text: str) -> list[tuple[str, str]]:
 def execute(lab: LabState, text: str, argv: Sequence[str]) -> NoReturn:
     """Become `argv` in the workload's namespaces. Raises LabError when that cannot be."""
     if os.geteuid() != 0:
-        raise LabError("entering a workload needs root")
+        raise LabError("entering a workload needs root", cure="Run it with sudo.", kind=Kind.DENIED)
     place = place_named(lab, text)
     assert place.netns is not None
     if not place.netns.exists():

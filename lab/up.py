@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cilia.errors import Kind
 from lab import host, process, state
 from lab.clients import AgentClient, identity_answers
 from lab.down import clear
@@ -91,7 +92,9 @@ def check_machine() -> None:
     """Raises LabError when a lab cannot be made here, with what is missing."""
     if os.geteuid() != 0:
         raise LabError(
-            "a lab needs root", cure="Run it as root: it makes namespaces and loads programs."
+            "a lab needs root",
+            cure="Run it as root: it makes namespaces and loads programs.",
+            kind=Kind.DENIED,
         )
     if not (OBJECTS / "bpf_lxc.o").is_file():
         raise LabError(f"no compiled programs in {OBJECTS}", cure="Run `make bpf`.")

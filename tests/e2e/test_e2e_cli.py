@@ -219,6 +219,22 @@ def test_invalid_policy_changes_nothing(lab: Lab, policy: str, tmp_path: Path) -
     assert lab.cilia.json("policy", "get") == before
 
 
+def test_every_one_of_many_faults_is_told(lab: Lab, tmp_path: Path) -> None:
+    """More than fit into the answer's header."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "---\n".join(
+            POLICY.replace("e2e-server", f"bad-{n}").replace('"80"', f'"{70000 + n}"')
+            for n in range(100)
+        )
+    )
+    text = lab.cilia.fails(4, "policy", "apply", str(path))
+    missing = [n for n in range(100) if f"'{70000 + n}' is above 65535" not in text]
+    assert missing == []
+    assert "invalid policy: 100 faults; nothing was changed" in text
+    assert lab.cilia.json("policy", "get")["policies"] == []
+
+
 def test_policy_trace(lab: Lab, policy: str) -> None:
     server = lab.cilia.json("endpoint", "get", "server")
     client = lab.cilia.json("endpoint", "get", "client")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,3 +257,15 @@ def test_completion_offers_nouns_and_verbs_and_never_complains(
     assert offered("cilia pol") == ["policy"]
     assert "regenerate" in offered("cilia endpoint ")
     assert offered("cilia endpoint get ") == []
+
+
+def test_every_verb_is_documented() -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "cli.md"
+    first_cells = [
+        line.split(" | ")[0] for line in page.read_text().splitlines() if line.startswith("| `")
+    ]
+    groups = {path[:-1] for path in ALL}
+    for path in (path for path in ALL if path not in groups):
+        assert any(all(re.search(rf"\b{word}\b", cell) for word in path) for cell in first_cells), (
+            f"docs/cli.md does not list `cilia {' '.join(path)}`"
+        )
