@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterable, Callable
 from typing import Any, TypeVar
 
@@ -330,6 +331,12 @@ def probe(settings: Settings) -> None:
                 ]
                 for f in features
             ],
+        )
+    if missing and os.geteuid() != 0:
+        raise CliError(
+            "probing needs root: without it everything is refused, and nothing is learned",
+            code=Exit.PERMISSION,
+            hint="Run it with sudo.",
         )
     if missing:
         raise CliError("this kernel lacks: " + ", ".join(f.name for f in missing))
