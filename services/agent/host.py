@@ -179,14 +179,15 @@ class HostNetwork:
                     trigger()
 
     def _concerns(self, event: NetworkEvent) -> bool:
-        """Whether it may change what we keep. What we do to endpoints' interfaces does not, but
-        that one of them goes does."""
+        """Whether it may change what is kept here. What happens to endpoints' interfaces does not;
+        that one of them went is told on."""
         match event.what:
             case Link() as link if link.name.startswith(_OWN_PREFIXES):
                 self._own.add(link.index)
                 if event.deleted:
                     self._own.discard(link.index)
-                return event.deleted
+                    self._on_links()
+                return False
             case Link():
                 return True
             case DeviceAddress() | Route():
