@@ -52,7 +52,9 @@ class Channel:
                 ("grpc.max_send_message_length", max_message_bytes),
                 # A service that restarts is back within a second; grpc would wait up to 2 minutes.
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
+                # Despite its name also the least time that one attempt is given: a busy machine
+                # may take longer than the first backoff to answer with its SETTINGS.
+                ("grpc.min_reconnect_backoff_ms", 5_000),
                 ("grpc.max_reconnect_backoff_ms", 2_000),
                 # A hung peer is noticed on idle watch streams too.
                 ("grpc.keepalive_time_ms", 30_000),
