@@ -6,6 +6,8 @@ missing, programs refused); 70 a bug; 78 the configuration is wrong (2: a flag t
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 
@@ -16,8 +18,17 @@ from cilia.telemetry import log
 from services.agent.app import build
 from services.agent.options import parse
 
+_M_ARENA_MAX = -8  # mallopt(3)
+
+
+def _few_arenas() -> None:
+    """One heap for a dozen threads that are mostly idle: glibc would keep several, half empty."""
+    with contextlib.suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
 
 def main() -> int:
+    _few_arenas()
     try:
         config, logging = parse(sys.argv[1:], os.environ)
         as_json = None if logging.format == "auto" else logging.format == "json"
