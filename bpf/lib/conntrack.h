@@ -6,7 +6,8 @@
  * egress policy and the responder's ingress policy said, with the revision and
  * the ipcache epoch they said it under. While both are current a packet needs
  * neither an identity nor a policy lookup; when one is not, the next packet of
- * either direction has it judged again, so what is revoked is cut at once:
+ * either direction has it judged again, so what is revoked is cut at once (and
+ * its entry stays, so that what follows is known to belong to it):
  *
  *      initiator ----packet----> responder        initiator <---packet---- responder
  *        side[0] current? side[1] current?          side[0] current? side[1] current?
@@ -352,10 +353,17 @@ __noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
 		w->f.about = ABOUT_DIRECTION;
 		return 0;
 	}
-	if (ret != -DROP_NOT_OPEN) {
-		policy_notify(ctx, &j, denied, EVENT_F_REJUDGED);
-		bpf_map_delete_elem(&cilia_ct, &w->key);
-	}
+	if (ret == -DROP_NOT_OPEN)
+		return ret;
+	policy_notify(ctx, &j, denied, EVENT_F_REJUDGED);
+	/*
+	 * The entry stays, admitted by nobody: what is still under way belongs to
+	 * the revoked connection. Without it the responder's next packet would
+	 * begin a connection of its own, which its egress policy may well allow.
+	 * So only the responder keeps it from expiring.
+	 */
+	if (w->f.reply && !quoted)
+		e->expires_s = p->now_s + ct_lifetime_s(e, p->proto);
 	return ret;
 }
 

@@ -253,11 +253,6 @@ def test_identity_service_restart_flushes_nothing(node: AgentNode) -> None:
         traffic.goes_on()
 
 
-@pytest.mark.xfail(
-    reason="the programs forget a revoked connection, and a packet of the responder that was "
-    "under way begins it anew the other way round",
-    strict=False,
-)
 def test_revocation_cuts_a_stream_with_packets_under_way_both_ways(node: AgentNode) -> None:
     start_all(node)
     server = node.workload("server", "app=server")
