@@ -117,6 +117,8 @@ class _Record:
     def __init__(self, method: str, context: Any) -> None:
         self._method = method
         self._context = context
+        # Now: once a client has cancelled, grpc has freed what peer() reads, and it crashes.
+        self._peer = context.peer()
         self._started = time.monotonic()
 
     def finish(self, code: str = "OK") -> None:
@@ -127,7 +129,7 @@ class _Record:
                 fields.METHOD: self._method,
                 fields.CODE: code,
                 fields.DURATION_S: round(time.monotonic() - self._started, 6),
-                fields.PEER: self._context.peer(),
+                fields.PEER: self._peer,
             },
         )
 
