@@ -212,7 +212,8 @@ class Node:
             "ROUTER_IP6": layout.to_addr(ROUTER6),
             "ROUTER_LL6": layout.to_addr(ROUTER_LL),
             "HAVE_KTIME_COARSE": int(probe.has_helper("bpf_ktime_get_coarse_ns")),
-        } | rodata
+            **rodata,
+        }
         map_sizes = SMALL | sizes
         # A bpffs for as long as the second object needs to find the first one's maps.
         self.bpffs = Path(f"/run/cilt-{os.getpid()}-{id(self):x}")
