@@ -2,7 +2,8 @@
 /*
  * The program on the ingress of each of the node's devices. It takes what is
  * for an endpoint, directly or as the answer to a masqueraded packet, and
- * delivers it in one pass. All else is the node's, and passes untouched.
+ * delivers it in one pass. What claims to be from an endpoint of this node is
+ * dropped, whomever it is for. All else is the node's, and passes untouched.
  */
 #include "lib/begin.h"
 #include "lib/deliver.h"
@@ -58,6 +59,9 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 				return ret;
 		}
 	} else {
+		/* Nor may it be an endpoint to the node, whose answer would go there as the node's. */
+		if (endpoint_by_addr(&p->saddr))
+			return -DROP_SOURCE_IP;
 		if (parsed || addr_is_multicast(&p->daddr))
 			return TC_ACT_OK;
 		ret = claim_answer(ctx, p);

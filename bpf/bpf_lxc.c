@@ -109,9 +109,12 @@ static __always_inline int handle_to_endpoint(struct __sk_buff *ctx, struct work
 	if (p->l3_be == bpf_htons(ETH_P_ARP))
 		return TC_ACT_OK;
 	if (is_nd(p)) {
-		if (p->icmp_type == ICMP6_NS || p->icmp_type == ICMP6_NA)
-			return TC_ACT_OK;
-		return ignore(ctx, DIR_INGRESS);
+		if (p->icmp_type != ICMP6_NS && p->icmp_type != ICMP6_NA)
+			return ignore(ctx, DIR_INGRESS);
+		/* Neighbours are one link apart: what was routed here is no such message. */
+		if (ctx->ingress_ifindex && ctx->ingress_ifindex != ctx->ifindex)
+			return -DROP_ICMP6;
+		return TC_ACT_OK;
 	}
 	if (addr_is_multicast(&p->daddr))
 		return -DROP_MULTICAST;

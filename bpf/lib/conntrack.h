@@ -45,7 +45,7 @@ static __always_inline bool ct_key_of(struct ct_key *key, const struct packet *p
 		key->hi_port_be = p->sport_be;
 	}
 	key->proto = p->proto;
-	key->scope = 0;
+	key->scope = packet_is_icmp(p) && !(p->flags & PKT_ECHO) ? CT_SCOPE_NONE : 0;
 	key->pad = 0;
 	return from_lo;
 }
@@ -219,8 +219,12 @@ __noinline int ct_judge_new(struct __sk_buff *ctx, bool egress)
 	ret = judge(ep, &w->f, &j, &denied);
 	if (ret == -DROP_NOT_OPEN)
 		return ret;
-	/* Path MTU discovery must work whatever policy says, unless told otherwise. */
-	if (denied && is_path_mtu(&w->p) && (w->f.rt_flags & RT_F_ALLOW_FRAG_NEEDED)) {
+	/*
+	 * Path MTU discovery must work whatever policy says, unless told otherwise. It is
+	 * routers that speak of it; an endpoint could say it about anybody's connections.
+	 */
+	if (denied && is_path_mtu(&w->p) && w->f.origin != ORIGIN_ENDPOINT &&
+	    (w->f.rt_flags & RT_F_ALLOW_FRAG_NEEDED)) {
 		w->f.rule_id = 0;
 		return 0;
 	}

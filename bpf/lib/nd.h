@@ -6,7 +6,8 @@
  *   NS for the gateway                        answered
  *   NS from ::, that is DAD (RFC 4862)        ignored: addresses are assigned, not negotiated
  *   NS for anybody else                       dropped, 150
- *   NA of the workload's own address, unicast to the node (it was asked)
+ *   NA of the workload's own address, unicast to the node (it was asked): passed
+ *   NA unicast to anybody else                dropped, 150: the node would route it
  *   NA to all nodes, RS, MLD                  ignored
  *   RA, redirect, or any of these fragmented (RFC 6980)   dropped, 176
  *   hop limit not 255 (RFC 4861)              dropped, 134
@@ -116,6 +117,9 @@ __noinline int handle_nd(struct __sk_buff *ctx)
 			return ignore(ctx, DIR_EGRESS);
 		if (!addr_equal(&target, &p->saddr))
 			return -DROP_SOURCE_IP;
+		if (!addr_is_ip6_link_local(&p->daddr) &&
+		    identity_of_destination(&p->daddr) != ID_HOST)
+			return -DROP_UNKNOWN_TARGET;
 		count(REASON_FORWARDED, DIR_EGRESS, p->len);
 		return TC_ACT_OK;
 	}

@@ -121,16 +121,20 @@ _Static_assert(sizeof(struct policy_meta) == 24, "struct policy_meta");
  * tuple are sorted (as big-endian byte strings: address, then port), and the
  * entry remembers which end began.
  *
- * ICMP echo: both ports are the identifier. Other ICMP: ports 0.
+ * ICMP echo: both ports are the identifier. Other ICMP is no connection: its
+ * packets look for a scope that no entry has, so that none rides on an echo of
+ * identifier 0.
  */
 struct ct_key {
 	union addr lo, hi;
 	__be16 lo_port_be, hi_port_be;
 	__u8 proto;
-	__u8 scope;        /* 0: direct; 1 reserved for the leg behind a proxy */
+	__u8 scope;        /* 0: direct; 1 reserved for the leg behind a proxy; CT_SCOPE_NONE */
 	__u16 pad;
 };
 _Static_assert(sizeof(struct ct_key) == 40, "struct ct_key");
+
+#define CT_SCOPE_NONE 2
 
 /* ct_entry.flags: written once, before the entry is visible (CT_F_NAT: before the first packet leaves). */
 #define CT_F_INIT_LO   (1u << 0) /* the lo end sent the first packet */

@@ -25,6 +25,8 @@ CT_F_PROXY: Final = 1 << 2
 CT_F_FROM_HOST: Final = 1 << 3
 CT_F_OUTSIDE: Final = 1 << 4
 
+CT_SCOPE_NONE: Final = 2
+
 # struct ct_entry.seen
 CT_SEEN_NON_SYN: Final = 1 << 0
 CT_SEEN_CLOSING: Final = 1 << 1

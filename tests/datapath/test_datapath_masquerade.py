@@ -375,8 +375,12 @@ def test_answers_need_their_connection(node: Node, v6: bool) -> None:
     assert cut.drops == [133]
     assert cut.verdicts[0]["flags"] & constants.EVENT_F_REJUDGED
     assert cut.verdicts[0]["ep_id"] == a.id
-    # gone
+    # allowed again: its entry was kept
     node.policy(a, [Rule(True)])
+    assert node.wire_sends(swapped(left)).verdict == TC_REDIRECT
+    # gone
+    ((key, _),) = node.ct()
+    node.map("cilia_ct").delete(key.tobytes())
     assert node.wire_sends(swapped(left)).drops == [167]
     # the endpoint is gone
     node.map("cilia_lxc").delete(layout.to_addr(a.ip(v6)))
@@ -414,4 +418,6 @@ def test_a_remote_that_gets_an_identity_is_judged_again(node: Node, v6: bool, wa
     assert (event["ep_id"], event["direction"]) == (a.id, OUT)
     identity = event["dst_identity"] if way == "forward" else event["src_identity"]
     assert identity == 1 << 24 | 7
-    assert not node.ct()
+    assert len(node.ct()) == 1  # revoked, and kept
+    assert node.send(a, udp(v6, a, remote(v6))).drops == [133]
+    assert node.wire_sends(swapped(left)).drops == [133]
