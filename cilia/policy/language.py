@@ -1217,8 +1217,16 @@ def parse_documents(
     warnings = tuple(reader.warnings)
     if reader.faults:
         found = sorted(reader.faults, key=lambda x: (x.origin.line, x.origin.column))
+        # What holds a fault was read without it: a warning that it is empty would be untrue.
+        faulty = {(f.document, part) for f in found for part in _around(f.path)}
+        warnings = tuple(w for w in warnings if (w.document, w.path) not in faulty)
         return ParseResult(faults=tuple(found), warnings=warnings)
     return ParseResult(documents=tuple(reader.documents), warnings=warnings)
+
+
+def _around(path: str) -> list[str]:
+    """The path and those of everything it is in: `a.b[0]` gives a, a.b and a.b[0]."""
+    return [path[: cut.start()] for cut in re.finditer(r"[.\[]", path)] + [path]
 
 
 def document_from_parts(

@@ -243,6 +243,21 @@ def test_one_bad_document_rejects_all() -> None:
     assert len(result.faults) == 1
 
 
+def test_what_holds_a_fault_is_not_called_empty() -> None:
+    """A field is read on without its faulty parts; that nothing is left is nobody's mistake."""
+    body = (
+        "  - fromCIDR: [300.0.0.0/8]\n"
+        '    toPorts: [{ports: [{port: "99999", protocol: TCP}]}]\n'
+        "  - fromCIDR: []\n"
+    )
+    result = parse_documents(HEAD + "  ingress:\n" + body, source="p.yaml")
+    assert [f.path for f in result.faults] == [
+        "spec.ingress[0].fromCIDR[0]",
+        "spec.ingress[0].toPorts[0].ports[0].port",
+    ]
+    assert [w.path for w in result.warnings] == ["spec.ingress[1].fromCIDR"]
+
+
 @pytest.mark.parametrize(
     ("body", "warning"),
     [
