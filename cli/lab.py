@@ -242,7 +242,10 @@ cilia lab exec node1 -- ip route
 """),
 )
 @click.option(
-    "--lab", "lab_name", shell_complete=complete.labs, help="The lab, when more than one is up."
+    "--lab",
+    "lab_name",
+    shell_complete=complete.labs,
+    help="The lab, when more than one is up and CILIA_AGENT_SOCK is none of theirs.",
 )
 @click.argument("workload", shell_complete=complete.workloads)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -254,13 +257,12 @@ def exec_(
 
     Names resolve as they do for the workload's own processes.
     """
-    del settings
     if command[0] == "--":
         command = command[1:]
     if not command:
         raise click.UsageError("name a command after `--`")
     with _explained():
-        current = enter.current(lab_name)
+        current = enter.current(lab_name, agent_socket=settings.agent_socket)
         try:
             enter.execute(current, workload, command)
         except OSError as error:

@@ -55,6 +55,6 @@ def execute(lab: LabState, text: str, argv: Sequence[str]) -> NoReturn:
     os.execve(command[0], command, process.launch_environment(env, place))
 
 
-def current(name: str | None) -> LabState:
-    """The lab named, or the only one that is up. Raises LabNotFound."""
-    return state.require(name if name is not None else state.only_lab())
+def current(name: str | None, *, agent_socket: str | None = None) -> LabState:
+    """The lab named, or that of the agent's socket, or the only one. Raises LabNotFound."""
+    return state.require(name if name is not None else state.only_lab(agent_socket))

@@ -177,9 +177,18 @@ def lab_names() -> list[str]:
     return sorted(p.name for p in RUN_ROOT.iterdir() if p.is_dir())
 
 
-def only_lab() -> str:
-    """The one lab that is up. Raises LabNotFound when there is none or more than one."""
+def only_lab(agent_socket: str | None = None) -> str:
+    """The lab whose agent is spoken to, or the one that is up. Raises LabNotFound.
+
+    `agent_socket` is what the user chose for the other commands, if it was chosen: who points it at
+    a lab means that lab, whatever else is up.
+    """
     names = lab_names()
+    if agent_socket:
+        socket = Path(agent_socket)
+        for name in names:
+            if socket.is_relative_to(Names(name).dir):
+                return name
     if len(names) == 1:
         return names[0]
     if not names:
