@@ -129,9 +129,13 @@ class Endpoints:
         why: str,
         *,
         builder: bool = False,
+        code: LogCode = "OK",
         **changes: Any,
     ) -> bool:
-        """Go to a state if there is such an edge; what cannot be is logged and skipped."""
+        """Go to a state if there is such an edge; what cannot be is logged and skipped.
+
+        `code` is that of the entry in the endpoint's log: a move may be the end of what failed.
+        """
         endpoint = self.get(number)
         if not may_move(endpoint.state, state, builder=builder):
             if not silently_refused(endpoint.state, state):
@@ -144,7 +148,7 @@ class Endpoints:
                 self.update(number, **changes)
             return False
         self._table.upsert(replace(endpoint, state=state, **changes))
-        self.note(number, "OK", why)
+        self.note(number, code, why)
         log.debug(
             "An endpoint changed its state.",
             **{

@@ -154,4 +154,5 @@ class PolicyDocuments:
             raise NotRealised(
                 f"the policy is stored, but cannot be enforced: {failing}",
                 kind=Kind.EXHAUSTED,
+                cure="The old policy stays until then; `cilia status` shows whether it still fails",
             )

@@ -449,6 +449,7 @@ class Regeneration:
                     EndpointState.READY,
                     error or f"Policy of revision {revision} is in force",
                     builder=True,
+                    code="Failure" if error else "OK",
                 )
                 metrics.REGENERATIONS.labels("fail" if error else "success").inc()
                 self._notifier.endpoint_regenerated(

@@ -192,6 +192,9 @@ spec:
         assert rows(node) == before
         assert node.get("first").state == "not-ready"
         assert "needs 22" in node.get("first").message
+        log = node.endpoints.Log(pb.EndpointRef(name="first"), timeout=10).entries
+        told = {entry.code for entry in log if "needs 22" in entry.message}
+        assert told == {"Failure"}
         assert node.component("policy").state == "Failure"
     finally:
         node.delete_policies()
