@@ -277,7 +277,6 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
             regeneration.endpointmap,
         ):
             await reconciler.flush()
-        calculation.cidrs.release_due()
         regenerate.trigger()
 
     async def refresh_host() -> None:

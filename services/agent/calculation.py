@@ -12,7 +12,7 @@ current inputs alone; what is dirty only says which subjects need to be resolved
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -63,7 +63,24 @@ class Slots:
         self._size = size
         self._by_subject: dict[SubjectKey, SlotIndex] = {}
         self._used: set[int] = set()
+        self._held: set[int] = set()  # of no subject, but some endpoint's row leads there
         self._next = 1
+
+    @property
+    def held(self) -> bool:
+        return bool(self._held)
+
+    def hold(self, slots: Iterable[int]) -> None:
+        """Give these to nobody: rows that an earlier run left lead there."""
+        self._held |= {slot for slot in slots if 0 < slot < self._size} - self._used
+        self._used |= self._held
+
+    def unhold(self, led_to: Collection[int]) -> bool:
+        """Free what was held and no row leads to any more; True if there was any."""
+        freed = self._held.difference(led_to)
+        self._held -= freed
+        self._used -= freed
+        return bool(freed)
 
     def get(self, subject: SubjectKey) -> SlotIndex | None:
         return self._by_subject.get(subject)
@@ -166,7 +183,13 @@ class Calculation:
         self._documents.update(puts)
         self.engine.set_documents(list(self._documents.values()))
         self.cidrs.require(prefix for prefix in self.engine.cidr_prefixes() if prefix.prefixlen > 0)
-        for prefix, number in self.cidrs.numbers.items():
+        numbers = self.cidrs.numbers
+        # One that was released and came back has another number: the ipcache's is what counts.
+        for prefix, old in list(self._cidr_in_engine.items()):
+            if prefix in numbers and numbers[prefix] != old:
+                del self._cidr_in_engine[prefix]
+                self.remove_identity(old)
+        for prefix, number in numbers.items():
             if prefix not in self._cidr_in_engine:
                 self._cidr_in_engine[prefix] = number
                 self._put_identity(number, cidr_labels(prefix))

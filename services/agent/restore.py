@@ -69,6 +69,8 @@ async def restore(
         _take_back(endpoint, kernel.get(endpoint.id), endpoints, ipam, allocator, calculation)
         wiring.adopt(endpoints.get(endpoint.id))
         result.endpoints += 1
+    # Where record and row disagree the row's slot is not ours to name, nor to give to another.
+    calculation.slots.hold(row.slot for row in kernel.values())
     known = {endpoint.host_interface for endpoint in endpoints}
     for endpoint in gone:
         if endpoint.host_interface not in known:

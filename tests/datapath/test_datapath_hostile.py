@@ -1,4 +1,4 @@
-"""Packets made to pass where policy denies: by confusing conntrack, neighbour discovery, or names."""
+"""Packets made to pass where policy denies: by confusing conntrack, discovery, or names."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ it closes: a packet from the workload is judged by the interface's row, which is
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
 from services.agent.rows import EndpointMapRow
+
+assert ENDPOINT.fields is not None
+_SLOT_AT: Final = ENDPOINT.fields["policy_slot"][1]
+_SLOT: Final = slice(_SLOT_AT, _SLOT_AT + U32.itemsize)
 
 
 def value_of(row: EndpointMapRow) -> bytes:
@@ -60,6 +65,14 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
 
         self._by_address, self._by_ifindex = await self._datapath.run(read)
         return [np.frombuffer(value, ENDPOINT)[0] for value in self._by_ifindex.values()]
+
+    def slots(self) -> frozenset[int]:
+        """The policy slots that rows in the kernel lead to."""
+        return frozenset(
+            int.from_bytes(value[_SLOT], "little")
+            for rows in (self._by_address, self._by_ifindex)
+            for value in rows.values()
+        )
 
     def keys_of(self, row: EndpointMapRow) -> tuple[list[bytes], bytes]:
         addresses = [to_addr(a) for a in (row.ipv4, row.ipv6) if a is not None]

@@ -67,9 +67,9 @@ class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
         wanted = {key_of(prefix): value_of(row) for prefix, row in rows.items()}
         changed = {k: v for k, v in wanted.items() if self._actual.get(k) != v}
         if changed:
+            self.changes += len(changed)  # first: a write that fails may have written some
             await self._datapath.run(self._write, changed)
             self._actual.update(changed)
-            self.changes += len(changed)
         return {}
 
     def _write(self, rows: dict[bytes, bytes]) -> None:
@@ -93,7 +93,7 @@ class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
     async def _remove(self, keys: list[bytes]) -> None:
         present = [key for key in keys if key in self._actual]
         if present:
+            self.changes += len(present)
             await self._datapath.run(lambda: [self._map.delete(key) for key in present])
             for key in present:
                 del self._actual[key]
-            self.changes += len(present)

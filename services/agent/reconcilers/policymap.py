@@ -19,7 +19,7 @@ pinned array is always the last that was given, and no connection can outlive it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -235,6 +235,11 @@ class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
         self._datapath = datapath
         self._limit = limit
         self._maps: PolicyMaps | None = None
+        self._spare: Callable[[], Collection[int]] = frozenset
+
+    def spare_by(self, spare: Callable[[], Collection[int]]) -> None:
+        """Who says which slots are not to be emptied, whatever is wanted: rows lead there."""
+        self._spare = spare
 
     @property
     def maps(self) -> PolicyMaps:
@@ -269,7 +274,7 @@ class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
         await self._datapath.run(self.maps.erase, row.slot)
 
     async def prune(self, rows: Collection[PolicyMapRow]) -> None:
-        """Empties the slots that an earlier run left and no subject has now."""
+        """Empties the slots that an earlier run left, no subject has and no endpoint leads to."""
         wanted = {row.slot for row in rows}
-        for slot in self.maps.slots() - wanted:
+        for slot in self.maps.slots() - wanted - frozenset(self._spare()):
             await self._datapath.run(self.maps.erase, SlotIndex(slot))
