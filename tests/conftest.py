@@ -253,7 +253,7 @@ def _snapshot() -> set[str]:
 
 
 def _of_another_run(leak: str) -> bool:
-    match = re.search(r"cil[t-]-?(\d+)\b", leak)
+    match = re.search(r"(?:cil[t-]-?|\be2e)(\d+)\b", leak)
     return match is not None and int(match[1]) not in {os.getpid(), os.getppid()}
 
 
