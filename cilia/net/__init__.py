@@ -1,7 +1,7 @@
 """Privileged networking: namespaces, netlink, sysctls, mounts. Blocking and idempotent.
 
     netns.py    open, enter and name network namespaces
-    rtnl.py     pyroute2 and the thread that it runs in
+    rtnl.py     the netlink socket; pyroute2 writes its messages
     device.py   links, addresses, routes, neighbours
     sysctl.py   settings of a device, in any namespace
     mount.py    bpffs and cgroup2

@@ -1,14 +1,14 @@
 """Links, addresses, routes and neighbours of one network namespace.
 
-A `Network` is one netlink socket in one namespace, with a thread of its own: open it, use it from
-one thread at a time, close it.
+A `Network` is one netlink socket in one namespace: open it, use it from one thread at a time, close
+it.
 
     with Network() as host, Network(netns) as workload:
         pair = host.ensure_veth("cil00042", workload, "eth0", mtu=1500)
-        workload.ensure_address("eth0", ip_interface("10.217.0.5/32"))
-        workload.ensure_route(ip_network("10.217.0.1/32"), device="eth0")
-        workload.ensure_route(ip_network("0.0.0.0/0"), device="eth0", gateway=router)
-        workload.ensure_neighbour("eth0", router, pair.host_mac)
+        with workload.together():
+            workload.ensure_address(pair.peer_index, ip_interface("10.217.0.5/32"))
+            workload.ensure_route(ip_network("10.217.0.1/32"), device=pair.peer_index)
+            workload.ensure_neighbour(pair.peer_index, router, pair.host_mac)
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -32,7 +34,28 @@ from typing import Any, Final, Self
 from cilia.errors import InvalidError
 from cilia.net.errors import InterfaceExists, InterfaceGone
 from cilia.net.netns import NetNS
-from cilia.net.rtnl import RouteSocket
+from cilia.net.rtnl import (
+    DELETE_ADDRESS,
+    DELETE_LINK,
+    DELETE_NEIGHBOUR,
+    DELETE_ROUTE,
+    GET_ADDRESS,
+    GET_LINK,
+    GET_NEIGHBOUR,
+    GET_ROUTE,
+    NEW_ADDRESS,
+    NEW_LINK,
+    NEW_NEIGHBOUR,
+    NEW_ROUTE,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    RouteSocket,
+    as_text,
+    as_u32,
+    attributes,
+)
 
 Address = IPv4Address | IPv6Address
 Interface = IPv4Interface | IPv6Interface
@@ -41,11 +64,8 @@ Network_ = IPv4Network | IPv6Network
 # Marks the routes that we made, so that `cleanup` finds them (rt_protos of iproute2 leave it free).
 ROUTE_PROTOCOL: Final = 193
 
-_GET_LINK: Final = (18, 0x1)  # RTM_GETLINK, NLM_F_REQUEST: no acknowledgement after the answer
-_RTEXT_FILTER_SKIP_STATS: Final = 8
-# RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP: for pyroute2's "dump" a table is for itself to pick out,
-# this way the kernel does. With a few hundred endpoints that is most of the work.
-_DUMP_ROUTES: Final = (26, 0x1 | 0x300)
+_PUT: Final = NLM_F_CREATE | NLM_F_REPLACE
+_SKIP_STATS: Final = ("IFLA_EXT_MASK", 8)  # RTEXT_FILTER_SKIP_STATS
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 
 _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
@@ -59,6 +79,20 @@ RT_SCOPE_LINK: Final = 253
 _RT_SCOPE_NOWHERE: Final = 255  # in a deletion: whatever the scope
 
 _NUD_PERMANENT = 0x80
+
+_IFINFOMSG: Final = struct.Struct("=BxHiII")  # family, type, index, flags, change
+_IFADDRMSG: Final = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
+# family, destination's length, source's length, tos, table, protocol, scope, type, flags
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")
+_NDMSG: Final = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+# linux/if_link.h, if_addr.h, rtnetlink.h, neighbour.h: what is read
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
+_IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_LINK_NETNSID = 18, 20, 37
+_IFLA_INFO_KIND = 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
+_NDA_DST, _NDA_LLADDR = 1, 2
 
 _NAME: Final = re.compile(r"[^\s/:]{1,15}\Z")  # dev_valid_name() of the kernel
 
@@ -168,21 +202,31 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The block's changes are asked for at once, when it ends, and made in their order.
+
+        Only for what is named by index, as nothing can be looked up meanwhile; what they return
+        says nothing. All are tried; the first failure is raised.
+        """
+        with self._nl.together():
+            yield
+
     # ---- links
 
     def links(self) -> list[Link]:
-        found = self._nl.dump("link", what="listing links", ext_mask=_RTEXT_FILTER_SKIP_STATS)
+        found = self._nl.dump(GET_LINK, {}, [_SKIP_STATS], what="listing links")
         return [parse_link(message) for message in found]
 
     def find_link(self, device: str | int) -> Link | None:
         """By name or index; None when there is none."""
+        fields, attrs = _named_or_index(device)
         message = self._nl.get(
-            "link",
-            _GET_LINK,
+            GET_LINK,
+            fields,
+            [*attrs, _SKIP_STATS],
             what=f"cannot look up {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
-            ext_mask=_RTEXT_FILTER_SKIP_STATS,
-            **_named_or_index(device),
         )
         return None if message is None else parse_link(message)
 
@@ -272,23 +316,25 @@ class Network:
         host_mac: str | None,
         peer_mac: str | None,
     ) -> None:
-        def end(name: str, mac: str | None) -> dict[str, Any]:
-            settings: dict[str, Any] = {"ifname": _named(name)}
+        def end(name: str, mac: str | None) -> list[tuple[str, Any]]:
+            settings: list[tuple[str, Any]] = [("IFLA_IFNAME", _named(name))]
             if mtu is not None:
-                settings["mtu"] = mtu
+                settings.append(("IFLA_MTU", mtu))
             if mac is not None:
-                settings["address"] = _mac(mac)
+                settings.append(("IFLA_ADDRESS", _mac(mac)))
             return settings
 
         with peer._netns.dup() if peer._netns is not None else NetNS.own() as target:
             # Made in its final place under its final name, so no half-made pair shows.
+            far = [*end(peer_name, peer_mac), ("IFLA_NET_NS_FD", target.fileno())]
+            data = {"attrs": [("VETH_INFO_PEER", {"attrs": far})]}
+            info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
             self._nl.request(
-                "link",
-                "add",
+                NEW_LINK,
+                {},
+                [*end(host_name, host_mac), ("IFLA_LINKINFO", info)],
+                flags=NLM_F_CREATE | NLM_F_EXCL,
                 what=f"cannot create the veth pair {host_name}/{peer_name}{peer._where}",
-                kind="veth",
-                peer=end(peer_name, peer_mac) | {"net_ns_fd": target.fileno()},
-                **end(host_name, host_mac),
             )
 
     def ensure_host_pair(
@@ -299,17 +345,18 @@ class Network:
 
     def _change(self, link: Link, *, mtu: int | None, mac: str | None, up: bool | None) -> bool:
         """Changes what differs; False when nothing does."""
-        settings: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
+        settings: list[tuple[str, Any]] = []
         if mtu is not None and link.mtu != mtu:
-            settings["mtu"] = mtu
+            settings.append(("IFLA_MTU", mtu))
         if mac is not None and link.mac != _mac(mac):
-            settings["address"] = _mac(mac)
+            settings.append(("IFLA_ADDRESS", _mac(mac)))
         if up is not None and link.up != up:
-            settings["state"] = "up" if up else "down"
-        if not settings:
+            fields = {"flags": _IFF_UP if up else 0, "change": _IFF_UP}
+        if not settings and not fields:
             return False
         what = f"cannot change {link.name}{self._where}"
-        return self._nl.request("link", "set", what=what, index=link.index, **settings)
+        return self._nl.request(NEW_LINK, {"index": link.index, **fields}, settings, what=what)
 
     def ensure_link(
         self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
@@ -322,16 +369,19 @@ class Network:
         """The link must be down on kernels before 6.2."""
         link = self.link(device)
         what = f"cannot rename {device} to {name}{self._where}"
-        self._nl.request("link", "set", what=what, index=link.index, ifname=_named(name))
+        self._nl.request(
+            NEW_LINK, {"index": link.index}, [("IFLA_IFNAME", _named(name))], what=what
+        )
 
     def delete_link(self, device: str | int) -> bool:
         """Deletes the link, and its other end if it is a veth; False when it was absent."""
+        fields, attrs = _named_or_index(device)
         return self._nl.request(
-            "link",
-            "del",
+            DELETE_LINK,
+            fields,
+            attrs,
             what=f"cannot delete {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
-            **_named_or_index(device),
         )
 
     def _index(self, device: str | int) -> int:
@@ -341,7 +391,7 @@ class Network:
 
     def addresses(self, device: str | int | None = None) -> list[DeviceAddress]:
         index = 0 if device is None else self._index(device)
-        found = self._nl.dump("addr", what=f"listing addresses{self._where}")
+        found = self._nl.dump(GET_ADDRESS, {}, what=f"listing addresses{self._where}")
         parsed = (parse_address(message) for message in found)
         return [a for a in parsed if a is not None and index in (0, a.index)]
 
@@ -355,17 +405,24 @@ class Network:
         flags = _IFA_F_NODAD if address.version == 6 else 0
         if not prefix_route:
             flags |= _IFA_F_NOPREFIXROUTE
+        attrs: list[tuple[str, Any]] = [
+            ("IFA_ADDRESS", str(address.ip)),
+            ("IFA_FLAGS", flags),
+        ]
+        if address.version == 4:
+            attrs.append(("IFA_LOCAL", str(address.ip)))
         self._nl.request(
-            "addr",
-            "replace",
+            NEW_ADDRESS,
+            {
+                "index": self._index(device),
+                "family": _family(address),
+                "prefixlen": address.network.prefixlen,
+            },
+            attrs,
+            flags=_PUT,
             what=f"cannot add the address {address} to {device}{self._where}",
             # IPv4 of before 6.x answers this to a replacement that changes nothing.
             ignore=(errno.EEXIST,),
-            index=self._index(device),
-            family=_family(address),
-            address=str(address.ip),
-            prefixlen=address.network.prefixlen,
-            flags=flags,
         )
 
     def delete_address(self, device: str | int, address: Interface) -> bool:
@@ -374,14 +431,15 @@ class Network:
         if link is None:
             return False
         return self._nl.request(
-            "addr",
-            "del",
+            DELETE_ADDRESS,
+            {
+                "index": link.index,
+                "family": _family(address),
+                "prefixlen": address.network.prefixlen,
+            },
+            [("IFA_LOCAL", str(address.ip))],
             what=f"cannot remove the address {address} from {device}{self._where}",
             ignore=(errno.EADDRNOTAVAIL, errno.ENODEV),
-            index=link.index,
-            family=_family(address),
-            local=str(address.ip),
-            prefixlen=address.network.prefixlen,
         )
 
     # ---- routes
@@ -390,14 +448,13 @@ class Network:
         """Unicast and other routes of both families; `table` None lists every table."""
         found: list[Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            spec = {} if table is None else {"table": table}
             messages = self._nl.dump(
-                "route",
-                _DUMP_ROUTES,
+                GET_ROUTE,
+                {"family": family},
+                # With a few hundred endpoints it is most of the work that the kernel picks it out.
+                () if table is None else [("RTA_TABLE", table)],
                 what=f"listing routes{self._where}",
                 ignore=(errno.ENOENT,),  # no such table
-                family=family,
-                **spec,
             )
             for message in messages:
                 route = parse_route(message)
@@ -421,22 +478,26 @@ class Network:
         A gateway is reached on-link, whatever the device's addresses are. `source` is the address
         that the node's own packets get.
         """
-        spec = self._route_spec(destination, self._index(device), table, priority)
+        fields, attrs = _route(destination, self._index(device), table, priority)
         if gateway is not None:
-            spec |= {"gateway": str(gateway), "flags": _RTNH_F_ONLINK}
+            fields["flags"] = _RTNH_F_ONLINK
+            attrs.append(("RTA_GATEWAY", str(gateway)))
         if source is not None:
-            spec["prefsrc"] = str(source)
+            attrs.append(("RTA_PREFSRC", str(source)))
         if mtu is not None:
-            spec["metrics"] = {"mtu": mtu}
+            attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", mtu)]}))
         v4_on_link = destination.version == 4 and gateway is None
+        fields |= {
+            "type": _RTN_UNICAST,
+            "proto": ROUTE_PROTOCOL,
+            "scope": RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE,
+        }
         self._nl.request(
-            "route",
-            "replace",
+            NEW_ROUTE,
+            fields,
+            attrs,
+            flags=_PUT,
             what=f"cannot set the route to {destination} by {device}{self._where}",
-            type=_RTN_UNICAST,
-            proto=ROUTE_PROTOCOL,
-            scope=RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE,
-            **spec,
         )
 
     def delete_route(
@@ -454,30 +515,14 @@ class Network:
             if link is None:
                 return False
             index = link.index
+        fields, attrs = _route(destination, index, table, priority)
         return self._nl.request(
-            "route",
-            "del",
+            DELETE_ROUTE,
+            fields | {"scope": _RT_SCOPE_NOWHERE},
+            attrs,
             what=f"cannot remove the route to {destination}{self._where}",
             ignore=(errno.ESRCH, errno.ENOENT, errno.ENODEV),
-            scope=_RT_SCOPE_NOWHERE,
-            **self._route_spec(destination, index, table, priority),
         )
-
-    def _route_spec(
-        self, destination: Network_, index: int, table: int, priority: int | None
-    ) -> dict[str, Any]:
-        spec: dict[str, Any] = {
-            "family": _family(destination),
-            "dst_len": destination.prefixlen,
-            "table": table,
-        }
-        if destination.prefixlen:
-            spec["dst"] = str(destination.network_address)
-        if index:
-            spec["oif"] = index
-        if priority is not None:
-            spec["priority"] = priority
-        return spec
 
     # ---- neighbours
 
@@ -486,7 +531,7 @@ class Network:
         found: list[Neighbour] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             for message in self._nl.dump(
-                "neigh", what=f"listing neighbours{self._where}", family=family
+                GET_NEIGHBOUR, {"family": family}, what=f"listing neighbours{self._where}"
             ):
                 neighbour = _parse_neighbour(message)
                 if neighbour is not None and neighbour.index == index:
@@ -496,14 +541,15 @@ class Network:
     def ensure_neighbour(self, device: str | int, address: Address, mac: str) -> None:
         """A permanent entry: the address is never asked for on this device."""
         self._nl.request(
-            "neigh",
-            "replace",
+            NEW_NEIGHBOUR,
+            {
+                "ifindex": self._index(device),
+                "family": _family(address),
+                "state": _NUD_PERMANENT,
+            },
+            [("NDA_DST", str(address)), ("NDA_LLADDR", _mac(mac))],
+            flags=_PUT,
             what=f"cannot set the neighbour {address} on {device}{self._where}",
-            ifindex=self._index(device),
-            family=_family(address),
-            dst=str(address),
-            lladdr=_mac(mac),
-            state=_NUD_PERMANENT,
         )
 
     def delete_neighbour(self, device: str | int, address: Address) -> bool:
@@ -512,13 +558,11 @@ class Network:
         if link is None:
             return False
         return self._nl.request(
-            "neigh",
-            "del",
+            DELETE_NEIGHBOUR,
+            {"ifindex": link.index, "family": _family(address)},
+            [("NDA_DST", str(address))],
             what=f"cannot remove the neighbour {address} from {device}{self._where}",
             ignore=(errno.ENOENT, errno.ENODEV),
-            ifindex=link.index,
-            family=_family(address),
-            dst=str(address),
         )
 
     # ---- the node
@@ -598,8 +642,26 @@ def _family(address: Address | Interface | Network_) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _named_or_index(device: str | int) -> dict[str, Any]:
-    return {"index": device} if isinstance(device, int) else {"ifname": _named(device)}
+def _named_or_index(device: str | int) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Fields and attributes of a message about one link."""
+    if isinstance(device, int):
+        return {"index": device}, []
+    return {}, [("IFLA_IFNAME", _named(device))]
+
+
+def _route(
+    destination: Network_, index: int, table: int, priority: int | None
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Fields and attributes that name a route."""
+    fields: dict[str, Any] = {"family": _family(destination), "dst_len": destination.prefixlen}
+    attrs: list[tuple[str, Any]] = [("RTA_TABLE", table)]  # the field of the header has 8 bits
+    if destination.prefixlen:
+        attrs.append(("RTA_DST", str(destination.network_address)))
+    if index:
+        attrs.append(("RTA_OIF", index))
+    if priority is not None:
+        attrs.append(("RTA_PRIORITY", priority))
+    return fields, attrs
 
 
 def mac_bytes(mac: str) -> bytes:
@@ -618,75 +680,80 @@ def _mac(mac: str) -> str:
     return mac_bytes(mac).hex(":")
 
 
-def _mac_text(value: str | None) -> str:
-    return value if value and len(value) == 17 else ""  # other link layers have other lengths
+def _mac_text(value: bytes | None) -> str:
+    return value.hex(":") if value and len(value) == 6 else ""  # other link layers, other lengths
 
 
-def _address(value: str | None) -> Address | None:
+def _address(value: bytes | None) -> Address | None:
     return None if value is None else ipaddress.ip_address(value)
 
 
-def parse_link(message: Any) -> Link:
-    """Of pyroute2's ifinfmsg."""
-    flags = message["flags"]
-    info = message.get_attr("IFLA_LINKINFO")
+def parse_link(message: Message) -> Link:
+    """Of an RTM_NEWLINK or RTM_DELLINK."""
+    _, _, index, flags, _ = _IFINFOMSG.unpack_from(message.body)
+    found = attributes(message.body, _IFINFOMSG.size)
+    info = attributes(found.get(_IFLA_LINKINFO, b""))
     return Link(
-        index=message["index"],
-        name=message.get_attr("IFLA_IFNAME") or "",
-        kind=(info and info.get_attr("IFLA_INFO_KIND")) or "",
-        mac=_mac_text(message.get_attr("IFLA_ADDRESS")),
-        mtu=message.get_attr("IFLA_MTU") or 0,
+        index=index,
+        name=as_text(found.get(_IFLA_IFNAME)),
+        kind=as_text(info.get(_IFLA_INFO_KIND)),
+        mac=_mac_text(found.get(_IFLA_ADDRESS)),
+        mtu=as_u32(found.get(_IFLA_MTU)),
         up=bool(flags & _IFF_UP),
         carrier=bool(flags & _IFF_LOWER_UP),
         loopback=bool(flags & _IFF_LOOPBACK),
-        master=message.get_attr("IFLA_MASTER") or 0,
-        link=message.get_attr("IFLA_LINK") or 0,
-        foreign_link=message.get_attr("IFLA_LINK_NETNSID") is not None,
-        alias=message.get_attr("IFLA_IFALIAS") or "",
+        master=as_u32(found.get(_IFLA_MASTER)),
+        link=as_u32(found.get(_IFLA_LINK)),
+        foreign_link=_IFLA_LINK_NETNSID in found,
+        alias=as_text(found.get(_IFLA_IFALIAS)),
     )
 
 
-def parse_address(message: Any) -> DeviceAddress | None:
-    """Of pyroute2's ifaddrmsg; None for another family."""
-    if message["family"] not in (socket.AF_INET, socket.AF_INET6):
+def parse_address(message: Message) -> DeviceAddress | None:
+    """Of an RTM_NEWADDR or RTM_DELADDR; None for another family."""
+    family, length, _, scope, index = _IFADDRMSG.unpack_from(message.body)
+    if family not in _FAMILIES:
         return None
+    found = attributes(message.body, _IFADDRMSG.size)
     # On point-to-point links IFA_ADDRESS is the other end; IPv6 has IFA_LOCAL only then.
-    address = _address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+    address = _address(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS))
     if address is None:
         return None
-    interface = ipaddress.ip_interface((address, message["prefixlen"]))
-    return DeviceAddress(index=message["index"], interface=interface, scope=message["scope"])
+    interface = ipaddress.ip_interface((address, length))
+    return DeviceAddress(index=index, interface=interface, scope=scope)
 
 
-def parse_route(message: Any) -> Route | None:
-    """Of pyroute2's rtmsg; None for another family."""
-    family = message["family"]
-    if family not in (socket.AF_INET, socket.AF_INET6):
+def parse_route(message: Message) -> Route | None:
+    """Of an RTM_NEWROUTE or RTM_DELROUTE; None for another family."""
+    family, length, _, _, table, protocol, scope, kind, _ = _RTMSG.unpack_from(message.body)
+    if family not in _FAMILIES:
         return None
-    destination = _address(message.get_attr("RTA_DST"))
+    found = attributes(message.body, _RTMSG.size)
+    destination = _address(found.get(_RTA_DST))
     if destination is None:
         destination = IPv4Address(0) if family == socket.AF_INET else IPv6Address(0)
-    table = message.get_attr("RTA_TABLE")
     return Route(
-        destination=ipaddress.ip_network((destination, message["dst_len"]), strict=False),
-        gateway=_address(message.get_attr("RTA_GATEWAY")),
-        index=message.get_attr("RTA_OIF") or 0,
-        source=_address(message.get_attr("RTA_PREFSRC")),
-        table=message["table"] if table is None else table,
-        protocol=message["proto"],
-        scope=message["scope"],
-        type=message["type"],
-        priority=message.get_attr("RTA_PRIORITY") or 0,
+        destination=ipaddress.ip_network((destination, length), strict=False),
+        gateway=_address(found.get(_RTA_GATEWAY)),
+        index=as_u32(found.get(_RTA_OIF)),
+        source=_address(found.get(_RTA_PREFSRC)),
+        table=as_u32(found[_RTA_TABLE]) if _RTA_TABLE in found else table,
+        protocol=protocol,
+        scope=scope,
+        type=kind,
+        priority=as_u32(found.get(_RTA_PRIORITY)),
     )
 
 
-def _parse_neighbour(message: Any) -> Neighbour | None:
-    address = _address(message.get_attr("NDA_DST"))
+def _parse_neighbour(message: Message) -> Neighbour | None:
+    _, index, state, _, _ = _NDMSG.unpack_from(message.body)
+    found = attributes(message.body, _NDMSG.size)
+    address = _address(found.get(_NDA_DST))
     if address is None:
         return None
     return Neighbour(
-        index=message["ifindex"],
+        index=index,
         address=address,
-        mac=_mac_text(message.get_attr("NDA_LLADDR")),
-        permanent=bool(message["state"] & _NUD_PERMANENT),
+        mac=_mac_text(found.get(_NDA_LLADDR)),
+        permanent=bool(state & _NUD_PERMANENT),
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from cilia.net.device import (
     DeviceAddress,
@@ -22,7 +23,7 @@ from cilia.net.device import (
     parse_route,
 )
 from cilia.net.netns import NetNS
-from cilia.net.rtnl import open_watcher
+from cilia.net.rtnl import Message, open_watcher, receive
 
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_ LINK, IPV4_{IFADDR,ROUTE}, IPV6_ same
 _MAX_DATAGRAMS: Final = 256  # a batch at most, so that a storm does not starve the loop
@@ -60,14 +61,14 @@ async def watch_network(netns: NetNS | None = None) -> AsyncIterator[AsyncIterat
         watcher.close()
 
 
-async def _batches(watcher: Any, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
+async def _batches(watcher: socket.socket, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
     while True:
         readable.clear()
         events: list[NetworkEvent] = []
         overrun = False
         for _ in range(_MAX_DATAGRAMS):
             try:
-                messages = watcher.get()
+                messages = receive(watcher)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -85,9 +86,9 @@ async def _batches(watcher: Any, readable: asyncio.Event) -> AsyncIterator[Event
             await readable.wait()
 
 
-def _decode(message: Any) -> NetworkEvent | None:
+def _decode(message: Message) -> NetworkEvent | None:
     what: Link | DeviceAddress | Route | None
-    match kind := message["header"]["type"]:
+    match message.kind:
         case 16 | 17:  # RTM_NEWLINK, RTM_DELLINK
             what = parse_link(message)
         case 20 | 21:  # RTM_NEWADDR, RTM_DELADDR
@@ -96,4 +97,4 @@ def _decode(message: Any) -> NetworkEvent | None:
             what = parse_route(message)
         case _:
             return None
-    return None if what is None else NetworkEvent(what, deleted=bool(kind & 1))
+    return None if what is None else NetworkEvent(what, deleted=bool(message.kind & 1))

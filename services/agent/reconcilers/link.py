@@ -90,19 +90,21 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
         except NamespaceGone:
             # Its name is gone; the namespace lives while the pair does, and is as we made it.
             host.link(row.host_interface)
-        for address, router, _ in self._addresses(row):
-            host.ensure_route(ip_network(address), device=row.ifindex, source=router)
-            host.ensure_neighbour(row.ifindex, address, row.mac.hex(":"))
+        with host.together():
+            for address, router, _ in self._addresses(row):
+                host.ensure_route(ip_network(address), device=row.ifindex, source=router)
+                host.ensure_neighbour(row.ifindex, address, row.mac.hex(":"))
 
     def _connect_workload(self, row: LinkRow) -> None:
         with NetNS.open(row.netns) as netns, self.opened(row.id, netns) as workload:
             sysctl.set_device(row.interface, sysctl.WORKLOAD, netns=netns)
             link = workload.ensure_link(row.interface, mtu=row.mtu, up=True)
-            for address, router, default in self._addresses(row):
-                workload.ensure_address(link.index, ip_interface(address))
-                workload.ensure_route(ip_network(router), device=link.index)
-                workload.ensure_neighbour(link.index, router, row.node_mac.hex(":"))
-                workload.ensure_route(default, device=link.index, gateway=router)
+            with workload.together():
+                for address, router, default in self._addresses(row):
+                    workload.ensure_address(link.index, ip_interface(address))
+                    workload.ensure_route(ip_network(router), device=link.index)
+                    workload.ensure_neighbour(link.index, router, row.node_mac.hex(":"))
+                    workload.ensure_route(default, device=link.index, gateway=router)
 
     async def delete(self, row: LinkRow) -> None:
         def erase() -> None:
