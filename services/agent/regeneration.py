@@ -27,6 +27,7 @@ from cilia.bpf.constants import EP_F_AUDIT, EP_F_OPEN
 from cilia.controller import describe
 from cilia.errors import DomainError
 from cilia.identity import EndpointID, NumericIdentity, is_cluster
+from cilia.labels import SOURCE_K8S
 from cilia.policy import Document, DocumentError
 from cilia.reconcile import State
 from cilia.table import ReadTable, Table
@@ -35,7 +36,13 @@ from services.agent import metrics
 from services.agent.calculation import Calculation
 from services.agent.clusterwatch import Changes, ClusterView, PolicyName
 from services.agent.datapath import Datapath
-from services.agent.endpoint import Endpoint, EndpointState, SlotIndex, SubjectKey
+from services.agent.endpoint import (
+    NAMESPACE_LABEL,
+    Endpoint,
+    EndpointState,
+    SlotIndex,
+    SubjectKey,
+)
 from services.agent.endpointtable import Endpoints
 from services.agent.notifications import Notifier
 from services.agent.policystate import PolicyStateFile
@@ -112,7 +119,10 @@ class Regeneration:
         self._subject_errors: dict[SubjectKey, str] = {}
         self._document_errors: dict[PolicyName, str] = {}
         self._kept_revision: dict[EndpointID, int] = {}  # of endpoints whose policy is stale
+        self._held: dict[SubjectKey, str] = {}  # by a document that nobody here understands
         self._epoch_due = False
+        self._epoch_of = (0, 0)  # what had changed when the epoch was last raised
+        self.policymap.spare_by(self.endpointmap.slots)
         self.realised_revision = 0
         self._begun = 0  # flushes
         self._ended = 0  # the number of the last flush that ended well
@@ -196,10 +206,6 @@ class Regeneration:
         """One round. Row errors stay with their endpoints; raises only what stops everything."""
         started = time.monotonic()
         self._begun += 1
-        changes_before = (
-            self.ipcache.changes,
-            self.endpointmap.identity_changes,
-        )
         await self._save_policies()
         # News may come while this flush awaits: it acts on what it folded in, and on that alone.
         synced, live = self._view.synced, self._view.live
@@ -216,16 +222,17 @@ class Regeneration:
             await self._resolve()
             await self.policymap.flush()
             self._note_policy_errors()
+            self._subject_errors.update(self._held)
         self._adopt_policies()
         await self._flush_ipcache(prune=live)
         await self._announce()
         await self._flush_endpoint_rows(prune=synced)
-        if self._epoch_due or changes_before != (
-            self.ipcache.changes,
-            self.endpointmap.identity_changes,
-        ):
+        # Since it was last raised, not since this flush began: one that failed half way, or rows
+        # written outside of a flush, count as well.
+        changes = (self.ipcache.changes, self.endpointmap.identity_changes)
+        if self._epoch_due or changes != self._epoch_of:
             await self._datapath.raise_epoch()
-            self._epoch_due = False
+            self._epoch_due, self._epoch_of = False, changes
         if synced:
             await self._free_slots()
             self._settle_endpoints(revision)
@@ -290,7 +297,8 @@ class Regeneration:
                 self._document_errors.pop(name, None)
             except DocumentError as error:
                 # Stored by a newer version, most likely. What is not understood must not vanish
-                # from enforcement in silence: the old form stays, and the status says so.
+                # from enforcement in silence: the old form stays, and the status says so. Where
+                # no old form is known, whom it may concern is held (_holding).
                 self._document_errors[name] = str(error)
                 log.error(
                     "A stored policy cannot be understood.",
@@ -304,11 +312,31 @@ class Regeneration:
         if removed:
             self._notifier.policy_deleted(map(str, removed), revision, count)
 
+    def _holding(self, key: SubjectKey) -> str:
+        """Why the subject's policy cannot be made now; "" when it can.
+
+        A document that is not understood, and of which no older form is known (it was stored
+        while this process was away), may deny anything to anybody in its scope. So what is in
+        force there stays, and what is not open waits.
+        """
+        for name, error in self._document_errors.items():
+            if name in self.calculation.documents:
+                continue
+            namespace = self.calculation.subjects[key].labels.get(NAMESPACE_LABEL, SOURCE_K8S)
+            if not name.namespace or (namespace and namespace.value == name.namespace):
+                return f"{name} is not understood, so policy stays as it is: {error}"
+        return ""
+
     async def _resolve(self) -> None:
         calculation = self.calculation
+        self._held = {key: why for key, why in self._held.items() if key in calculation.subjects}
         for key in sorted(calculation.take_dirty()):
             for number in calculation.subjects[key].users:
                 self._regenerating(EndpointID(number))
+            if why := self._holding(key):
+                self._held[key] = why
+                continue
+            self._held.pop(key, None)
             try:
                 self._policies.upsert(calculation.policy_row(key))
                 self._subject_errors.pop(key, None)
@@ -335,6 +363,11 @@ class Regeneration:
                 self._subject_errors.pop(status.key, None)
         for key, message in errors.items():
             self._subject_errors[key] = message
+        for key in [key for key in self._subject_errors if self._forgotten(key)]:
+            del self._subject_errors[key]
+
+    def _forgotten(self, key: SubjectKey) -> bool:
+        return key not in self.calculation.subjects and self._policies.get(key) is None
 
     def _done(self, key: SubjectKey) -> PolicyMapRow | None:
         """The subject's row if its slot holds it."""
@@ -467,10 +500,16 @@ class Regeneration:
         needed = set(self.calculation.subjects)
         needed.update(e.realised for e in self._endpoints if e.realised is not None)
         idle = [row.subject for row in self._policies if row.subject not in needed]
+        if idle or self.calculation.slots.held:
+            # A row that could not be written leads to its old slot still.
+            led_to = self.endpointmap.slots()
+            idle = [key for key in idle if self.calculation.slots.get(key) not in led_to]
+            if self.calculation.slots.unhold(led_to):
+                self.policymap.trigger_prune()
         for key in idle:
             self._policies.delete(key)
             self._subject_errors.pop(key, None)
-        # Only now does no row of an endpoint lead to a slot that an earlier run left.
+        # Only now: what an earlier run left goes, but for slots that rows of endpoints lead to.
         self._policies.mark_synced()
         await self.policymap.flush()
         for key in idle:
