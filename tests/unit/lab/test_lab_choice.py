@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab import names, state
+from lab.errors import LabNotFound
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_only_one(root: Path) -> None:
-    with pytest.raises(state.LabNotFound, match="no lab is up"):
+    with pytest.raises(LabNotFound, match="no lab is up"):
         state.only_lab()
     (root / "one").mkdir()
     assert state.only_lab() == "one"
@@ -30,5 +31,5 @@ def test_that_of_the_agent_spoken_to(root: Path) -> None:
     assert state.only_lab(str(root / "one-more/node1/agent.sock")) == "one-more"
     assert state.only_lab(str(root / "one/node1/agent.sock")) == "one"
     for other in (None, "", "/run/cilia/agent.sock", str(root / "gone/node1/agent.sock")):
-        with pytest.raises(state.LabNotFound, match="several labs are up: one, one-more"):
+        with pytest.raises(LabNotFound, match="several labs are up: one, one-more"):
             state.only_lab(other)
