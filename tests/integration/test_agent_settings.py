@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
-from tests.integration.agentnode import ROOT, AgentNode, eventually
+from tests.integration.agentnode import ROOT, WORLD4, WORLD6, AgentNode, eventually
 from tests.integration.test_agent_policy import ALLOW_FRIEND
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
@@ -91,3 +91,35 @@ def test_programs_that_are_refused_leave_the_old_ones(node: AgentNode) -> None:
     assert "the old ones stay in place" in datapath.message
     assert node.ping("friend", server.ipv4)
     assert not node.ping("stranger", server.ipv4)
+
+
+FIREWALL = """
+table inet firewall {
+  chain incoming {
+    type filter hook input priority 0; policy drop;
+    ct state established,related accept
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+  }
+  chain through { type filter hook forward priority 0; policy drop; }
+}
+"""
+
+
+def test_a_host_whose_firewall_drops_what_it_does_not_know(node: AgentNode, need_nft: None) -> None:
+    """As of ufw and dockerd. What endpoints send to the host itself is the firewall's to judge."""
+    subprocess.run(
+        node.inside("node", "nft", "-f", "-"), input=FIREWALL, text=True, check=True, timeout=10
+    )
+    node.start("agent")
+    first = node.workload("first", "app=first")
+    node.workload("second", "app=second")
+    for address in (first.ipv4, first.ipv6):
+        assert node.ping("second", address)
+        assert node.ping("node", address)
+    for address in (WORLD4, WORLD6):
+        assert node.ping("first", address)
+    assert not node.ping("first", "192.168.77.2")
+    tables = subprocess.run(
+        node.inside("node", "nft", "list", "tables"), capture_output=True, text=True, check=True
+    )
+    assert tables.stdout.split() == ["table", "inet", "firewall"]
