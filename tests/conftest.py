@@ -24,6 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A shared machine stalls now and then: how long an example takes says nothing of the code.
+settings.register_profile("cilia", deadline=None)
+settings.load_profile("cilia")
 
 REQUIRE_KERNEL = os.environ.get("REQUIRE_KERNEL") == "1"
 MARK = "CILIA_TEST_SESSION"

@@ -220,12 +220,12 @@ def test_both_directions_keep_the_mapping(node: Node, v6: bool) -> None:
         value["expires_s"] = now_s() + 3
         node.map("cilia_nat").update(key.tobytes(), value.tobytes())
 
-    for again in (
-        lambda: node.wire_sends(swapped(left)),
-        lambda: node.send(a, udp(v6, a, remote(v6))),
-    ):
+    for inward in (True, False):
         age()
-        again()
+        if inward:
+            node.wire_sends(swapped(left))
+        else:
+            node.send(a, udp(v6, a, remote(v6)))
         ((_, value),) = node.nat()
         assert int(value["expires_s"]) >= now_s() + 58
 

@@ -247,7 +247,7 @@ def first_agent(node: AgentNode, other: Any) -> Any:
 
         def wait(self, timeout: float) -> int:
             del timeout
-            return other.wait()
+            return int(other.wait())
 
     return Adopted()
 

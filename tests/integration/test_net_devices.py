@@ -219,24 +219,27 @@ def test_a_working_endpoint(node: NetNS, workload: NetNS) -> None:
                 inside.ensure_neighbour("eth0", router.ip, pair.host_mac)
                 host.ensure_route(ip_network(own), device="cil00042", source=router.ip)
                 host.ensure_neighbour("cil00042", own.ip, pair.peer_mac)
-        for router, own in (("10.217.0.1", "10.217.0.5"), ("fd00:c111::1", "fd00:c111::5")):
-            family = socket.AF_INET6 if ":" in own else socket.AF_INET
+        for gateway, here in (("10.217.0.1", "10.217.0.5"), ("fd00:c111::1", "fd00:c111::5")):
+            family = socket.AF_INET6 if ":" in here else socket.AF_INET
 
-            def listen(family: int = family, own: str = own) -> socket.socket:
+            def datagrams(family: int = family) -> socket.socket:
+                return socket.socket(family, socket.SOCK_DGRAM)
+
+            def listen(family: int = family, here: str = here) -> socket.socket:
                 sock = socket.socket(family, socket.SOCK_DGRAM)
-                sock.bind((own, 5000))
+                sock.bind((here, 5000))
                 sock.settimeout(5)
                 return sock
 
             with (
                 in_netns(workload, listen) as server,
-                in_netns(node, lambda f=family: socket.socket(f, socket.SOCK_DGRAM)) as client,
+                in_netns(node, datagrams) as client,
             ):
                 client.settimeout(5)
-                client.sendto(b"hello", (own, 5000))
+                client.sendto(b"hello", (here, 5000))
                 data, source = server.recvfrom(100)
                 assert data == b"hello"
-                assert source[0] == router  # the route's source address
+                assert source[0] == gateway  # the route's source address
                 server.sendto(b"world", source)
                 assert client.recv(100) == b"world"
         neighbours = host.neighbours("cil00042")

@@ -123,7 +123,7 @@ def test_finding() -> None:
         assert found.id == 1
     for wanted in ({"number": 2}, {"name": "b"}, {"address": "10.0.0.1"}, {"address": "x"}, {}):
         with pytest.raises(EndpointNotFound):
-            endpoints.find(**wanted)  # type: ignore[arg-type]  # one keyword each
+            endpoints.find(**wanted)
 
 
 def test_options() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cilia.bpf.constants import POLICY_META_HAS_DENY
-from cilia.policy import PolicyEntry, PolicyKey
+from cilia.policy import PolicyEntry, PolicyKey, RuleID
 from services.agent.policyrows import PolicyRows, difference
 
 State = dict[PolicyKey, PolicyEntry]
@@ -57,7 +57,7 @@ def packets_of(*policies: PolicyRows) -> list[tuple[set[int], object]]:
             for proto, port in ((6, 80), (6, 443), (17, 80), (17, 443), (132, 9)):
                 matching = rows(
                     {
-                        PolicyKey(who, egress, *l4): PolicyEntry(deny=False, rule_id=1)
+                        PolicyKey(who, egress, *l4): PolicyEntry(deny=False, rule_id=RuleID(1))
                         for who in (0, identity)
                         for l4 in ((proto, port, 24), (0, 0, 0))
                     }

@@ -27,7 +27,7 @@ class Store(Reconciler[str, Row]):
     """A dictionary that can be broken, as a whole or for one key."""
 
     def __init__(self, table: Table[str, Row], **options: float) -> None:
-        super().__init__("store", table.reader(), retry_s=1, retry_max_s=4, jitter=0, **options)  # type: ignore[arg-type]
+        super().__init__("store", table.reader(), retry_s=1, retry_max_s=4, jitter=0, **options)
         self.content: dict[str, int] = {}
         self.broken: set[str] = set()
         self.calls: list[str] = []

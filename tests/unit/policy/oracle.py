@@ -91,7 +91,7 @@ def peer_selected(doc: Doc, rule: Doc, selector: Doc, peer: list[str], requiring
     asked = any(k == NAMESPACE or k.startswith("io.cilium.k8s.namespace.labels.") for k in bare)
     if asked or not namespaced:
         return space is not None
-    return space == doc["metadata"].get("namespace", "default")
+    return bool(space == doc["metadata"].get("namespace", "default"))
 
 
 def address_of(peer: list[str]) -> Any:

@@ -180,7 +180,9 @@ def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
 
 @st.composite
 def rules(draw: st.DrawFn) -> Any:
-    subject = st.one_of(st.just({}), selectors, st.just({"matchLabels": {"app": "a"}}))
+    subject: st.SearchStrategy[Any] = st.one_of(
+        st.just({}), selectors, st.just({"matchLabels": {"app": "a"}})
+    )
     found: dict[str, Any] = {"endpointSelector": draw(subject)}
     for name in ("ingress", "egress", "ingressDeny", "egressDeny"):
         if draw(st.integers(0, 2)) == 0 or (name == "ingress" and draw(st.booleans())):
