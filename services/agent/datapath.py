@@ -10,8 +10,6 @@ Every call that reaches the kernel runs on this adapter's bounded executor.
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +20,16 @@ from typing import Final, ParamSpec, TypeVar
 import numpy as np
 import structlog
 
-from cilia.bpf import BpfError, LayoutError, Map, MigrationRefused, Object, Program, load_all
+from cilia.bpf import (
+    BpfError,
+    LayoutError,
+    Map,
+    MigrationRefused,
+    Object,
+    Program,
+    load_all,
+    probe,
+)
 from cilia.bpf.constants import RT_F_ALLOW_FRAG_NEEDED, RT_F_MASQUERADE4, RT_F_MASQUERADE6
 from cilia.bpf.layout import CILIA, RUNTIME, to_addr
 from cilia.errors import DomainError, Kind
@@ -139,7 +146,7 @@ class Datapath:
             "ROUTER_LL6": to_addr(ROUTER_LINK_LOCAL),
             "NAT_PORT_MIN": config.nat_port_min,
             "NAT_PORT_MAX": config.nat_port_max,
-            "HAVE_KTIME_COARSE": 1 if _kernel_release() >= (5, 11) else 0,
+            "HAVE_KTIME_COARSE": int(probe.has_helper("bpf_ktime_get_coarse_ns")),
         }
 
     def _load(self) -> None:
@@ -245,11 +252,6 @@ class Datapath:
 def wall_offset_ns() -> int:
     """Wall clock minus CLOCK_MONOTONIC, in ns: what to add to an event's time."""
     return time.time_ns() - time.monotonic_ns()
-
-
-def _kernel_release() -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def monotonic_s() -> int:
