@@ -189,12 +189,13 @@ class Datapath:
         path = self._config.object_dir / name
         rodata = self._rodata()
         # Constants an object does not use are optimised away; naming them would be an error.
-        with Object.open(path) as probe:
-            known = set(probe.rodata())
+        with Object.open(path) as bare:
+            known = set(bare.rodata())
         return Object.open(
             path,
             rodata={key: value for key, value in rodata.items() if key in known},
             pin_dir=self.maps_dir,
+            unpinned=("cilia_work",),  # scratch: nothing in it outlives a packet
             map_sizes=self._config.map_sizes.by_map(),
             layouts=CILIA,
         )
