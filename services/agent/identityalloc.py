@@ -164,6 +164,7 @@ class CidrIdentities:
         self._unused_since: dict[Network, float] = {}
         self._next = LOCAL_SCOPE + 1
         self._dirty = False
+        self.version = 0  # raised whenever `numbers` changes
 
     def load(self) -> None:
         """Numbers of an earlier run. Raises StateFileDamaged."""
@@ -181,6 +182,7 @@ class CidrIdentities:
         if len(set(numbers.values())) != len(numbers) or not all(map(is_local, numbers.values())):
             raise statefile.StateFileDamaged(self._path, "numbers repeat or are not local ones")
         self._numbers = numbers
+        self.version += 1
         self._next = following if is_local(following) else LOCAL_SCOPE + 1
         now = self._clock()
         self._unused_since = dict.fromkeys(numbers, now)
@@ -233,6 +235,7 @@ class CidrIdentities:
                 taken.add(number)
                 self._numbers[prefix] = number
             self._dirty = True
+            self.version += 1
         return new
 
     def _free(self, taken: set[NumericIdentity]) -> NumericIdentity:
@@ -242,6 +245,16 @@ class CidrIdentities:
             if number not in taken:
                 return number
         raise LocalIdentitiesExhausted
+
+    def avoid(self, numbers: Iterable[NumericIdentity]) -> None:
+        """Give no prefix one of these that is not its own: the kernel calls another by it still.
+
+        That is so when the file of numbers was lost, but not the kernel's maps.
+        """
+        ours = set(self._numbers.values())
+        last = max((n for n in numbers if is_local(n) and n not in ours), default=0)
+        if last >= self._next:
+            self._next = last + 1 if last < MAX_LOCAL_ID else LOCAL_SCOPE + 1
 
     def release_due(self) -> dict[Network, NumericIdentity]:
         """Forget the prefixes that were unused long enough; returns them."""
@@ -253,4 +266,5 @@ class CidrIdentities:
             gone[prefix] = self._numbers.pop(prefix)
         if gone:
             self._dirty = True
+            self.version += 1
         return gone

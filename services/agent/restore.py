@@ -69,6 +69,7 @@ async def restore(
         _take_back(endpoint, kernel.get(endpoint.id), endpoints, ipam, allocator, calculation)
         wiring.adopt(endpoints.get(endpoint.id))
         result.endpoints += 1
+    calculation.cidrs.avoid(regeneration.ipcache.identities())
     # Where record and row disagree the row's slot is not ours to name, nor to give to another.
     calculation.slots.hold(row.slot for row in kernel.values())
     known = {endpoint.host_interface for endpoint in endpoints}

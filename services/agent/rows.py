@@ -132,6 +132,7 @@ class LinkRow:
     host_interface: str
     interface: str
     netns: str
+    netns_inode: int  # what the name meant when the endpoint was added
     ifindex: int
     mac: bytes
     node_mac: bytes

@@ -125,6 +125,7 @@ class Wiring:
             host_interface=endpoint.host_interface,
             interface=endpoint.interface,
             netns=endpoint.netns,
+            netns_inode=endpoint.netns_inode,
             ifindex=endpoint.ifindex,
             mac=endpoint.mac,
             node_mac=endpoint.node_mac,

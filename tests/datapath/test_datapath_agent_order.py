@@ -289,21 +289,54 @@ def test_slots_that_rows_lead_to_are_not_given_away(empty: Node, tmp_path: Path)
     after = Agent(empty, tmp_path, stored(LOCK))
 
     async def second() -> None:
-        records = EndpointRecords(tmp_path / "endpoints")
-        await restore(
-            records=records, endpoints=after.endpoints, ipam=Ipam(
-                IPv4Network("10.217.0.0/16"), IPv6Network("fd00:c111::/64")
-            ),
-            allocator=IdentityAllocator(None),  # type: ignore[arg-type]  # nobody asks
-            calculation=after.calculation, regeneration=after.regeneration,
-            wiring=_NoWires(), conntrack=None,  # type: ignore[arg-type]  # nothing is restored
-            datapath=after.kernel,  # type: ignore[arg-type]
-        )  # fmt: skip
+        await restored(after, tmp_path)
         after.endpoints.insert(after.endpoint(6, 301, 106), "")
         await after.regeneration.flush()
         assert after.endpoints.get(EndpointID(6)).slot != slot
 
     asyncio.run(second())
+
+
+def test_numbers_of_prefixes_that_were_lost_are_not_given_again(
+    empty: Node, tmp_path: Path
+) -> None:
+    """Policy is written before the ipcache: a packet would be judged by another prefix's rule."""
+    before = Agent(empty, tmp_path, stored(DENY))
+
+    async def first() -> None:
+        await before.regeneration.read_back()
+        await before.regeneration.flush()
+
+    asyncio.run(first())
+    known = before.regeneration.ipcache_rows.get(IPv4Network("203.0.113.0/24"))
+    assert known is not None
+
+    other = stored(DENY.replace("203.0.113.0/24", "198.51.100.0/24"))
+    after = Agent(empty, tmp_path, other)
+
+    async def second() -> None:
+        await restored(after, tmp_path)
+        await after.regeneration.flush()
+        row = after.regeneration.ipcache_rows.get(IPv4Network("198.51.100.0/24"))
+        assert row is not None
+        assert row.identity > known.identity
+
+    asyncio.run(second())
+
+
+async def restored(agent: Agent, directory: Path) -> None:
+    """The agent after a start that found no records."""
+    await restore(
+        records=EndpointRecords(directory / "endpoints"),
+        endpoints=agent.endpoints,
+        ipam=Ipam(IPv4Network("10.217.0.0/16"), IPv6Network("fd00:c111::/64")),
+        allocator=IdentityAllocator(None),  # type: ignore[arg-type]  # nobody asks
+        calculation=agent.calculation,
+        regeneration=agent.regeneration,
+        wiring=_NoWires(),  # type: ignore[arg-type]  # nothing is restored
+        conntrack=None,  # type: ignore[arg-type]  # nothing is purged
+        datapath=agent.kernel,  # type: ignore[arg-type]  # what it calls of it
+    )
 
 
 class _NoWires:

@@ -183,6 +183,39 @@ def test_namespace_gone_while_away(node: AgentNode) -> None:
     )
 
 
+def wired(node: AgentNode) -> bool:
+    """Whether every endpoint's wire was looked after since the start."""
+    tables = {table.name: table for table in node.status().tables}
+    rows = tables["link-status"].rows
+    return bool(rows) and all("Done" in row.cells for row in rows)
+
+
+def test_a_namespace_of_the_same_name_is_another(node: AgentNode) -> None:
+    """The endpoint lives on in its namespace, which lost its name; who has the name now is left
+    alone, although it has an interface that is called alike."""
+    start_all(node)
+    lives = node.workload("recycled", "app=lives")
+    held = subprocess.Popen(node.inside("recycled", "sleep", "600"))
+    try:
+        node.stop("agent")
+        full = f"{node.base}-recycled"
+        subprocess.run(["ip", "netns", "del", full], check=True)
+        subprocess.run(["ip", "netns", "add", full], check=True)
+        pair = ["link", "add", "eth0", "type", "veth", "peer", "name", "other"]
+        subprocess.run(["ip", "-n", full, *pair], check=True)
+        node.start("agent")
+        ready(node, "recycled")
+        eventually(lambda: wired(node), within_s=10, what="wires are made sure of")
+        found = subprocess.run(
+            ["ip", "-n", full, "addr", "show", "dev", "eth0"], check=True, capture_output=True
+        )
+        assert lives.ipv4 not in found.stdout.decode()
+        assert b"UP" not in found.stdout.split(b">")[0]
+    finally:
+        held.kill()
+        held.wait()
+
+
 def test_without_identity_service_and_without_saved_policy_endpoints_drop(
     node: AgentNode,
 ) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from cilia.bpf import Map
 from cilia.bpf.layout import IPCACHE_KEY, IPCACHE_VALUE, from_addr, to_addr
+from cilia.identity import NumericIdentity
 from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
@@ -62,6 +63,11 @@ class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
 
     async def read_back(self) -> None:
         self._actual = await self._datapath.run(lambda: dict(self._map.items()))
+
+    def identities(self) -> frozenset[NumericIdentity]:
+        """Those that the kernel calls some prefix by."""
+        values = np.frombuffer(b"".join(self._actual.values()), IPCACHE_VALUE)
+        return frozenset(map(NumericIdentity, values["identity"].tolist()))
 
     async def update_batch(self, rows: Mapping[Network, IpcacheRow]) -> Mapping[Network, Exception]:
         wanted = {key_of(prefix): value_of(row) for prefix, row in rows.items()}

@@ -88,7 +88,8 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
         try:
             self._connect_workload(row)
         except NamespaceGone:
-            # Its name is gone; the namespace lives while the pair does, and is as we made it.
+            # Its name is gone, or another's; the namespace lives while the pair does, and is as we
+            # made it.
             host.link(row.host_interface)
         with host.together():
             for address, router, _ in self._addresses(row):
@@ -97,6 +98,8 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
 
     def _connect_workload(self, row: LinkRow) -> None:
         with NetNS.open(row.netns) as netns, self.opened(row.id, netns) as workload:
+            if netns.inode[1] != row.netns_inode:
+                raise NamespaceGone(f"the name {row.netns} is that of another namespace now")
             sysctl.set_device(row.interface, sysctl.WORKLOAD, netns=netns)
             link = workload.ensure_link(row.interface, mtu=row.mtu, up=True)
             with workload.together():
