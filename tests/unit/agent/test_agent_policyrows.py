@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cilia.bpf.constants import POLICY_META_HAS_DENY
@@ -66,6 +66,7 @@ def packets_of(*policies: PolicyRows) -> list[tuple[set[int], object]]:
     return found
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(states, states)
 def test_each_step_allows_only_what_one_of_both_policies_allows(old: State, new: State) -> None:
     before, after = rows(old), rows(new)
