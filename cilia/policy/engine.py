@@ -526,6 +526,10 @@ class PolicyEngine:
             case _:
                 return (peer,)
 
+    def preview(self, documents: Iterable[Document]) -> Preview:
+        """What other documents would mean for the identities there are. Enters them nowhere."""
+        return Preview(self, documents)
+
     # ---- questions
 
     def verdict(
@@ -627,6 +631,39 @@ class PolicyEngine:
             match_type=match.key.match_type if match is not None else MATCH_NONE,
             deny=match is not None and match.entry.deny,
         )
+
+
+class Preview:
+    """How large map states would be under other documents than those in force.
+
+    It reads the engine's identities and writes nothing of the engine.
+    """
+
+    def __init__(self, engine: PolicyEngine, documents: Iterable[Document]) -> None:
+        self._known: Final = engine.selectors
+        self._scratch: Final = PolicyEngine(
+            engine.mode, engine.allow_localhost, engine.cluster_name
+        )
+        for document in documents:
+            self._scratch.repository.upsert(document)
+
+    def cidr_prefixes(self) -> frozenset[Network]:
+        return self._scratch.cidr_prefixes()
+
+    def rows(self, subject: Labels, *, mode: Mode, more: Iterable[Labels] = ()) -> int:
+        """The rows of a subject's map state, with an identity each for `more` label sets."""
+        key, rules = self._scratch._rules(subject, mode)
+        program = self._scratch._compile(key, rules)
+        matched: dict[int, list[int]] = {}
+        for i, selector in enumerate(program.selectors):
+            for identity in self._known.search(selector):
+                matched.setdefault(identity, []).append(i)
+        if program.host_allow:
+            matched.setdefault(HOST, [])
+        count = len(program.wildcard)
+        for identity, indexes in matched.items():
+            count += len(program.block(tuple(indexes), host=identity == HOST))
+        return count + sum(len(program.block_of(labels)) for labels in more)
 
 
 def _keys(element: Element) -> tuple[L4Key, ...]:

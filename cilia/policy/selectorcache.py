@@ -156,18 +156,11 @@ class SelectorCache:
             cached = self._selectors[selector] = _Cached()
             if isinstance(selector, EndpointSelector):
                 self._index.add(selector, selector)
-                cached.identities.update(
-                    x for x in self._candidates(selector) if selector.matches(self._labels[x])
-                )
             else:
                 prefix = selector.prefix
                 home = self._prefixes.setdefault((prefix.version, prefix.prefixlen), {})
                 home.setdefault(int(prefix.network_address), {})[selector] = None
-                cached.identities.update(
-                    identity
-                    for identity in self._inside(prefix)
-                    if selector.matches(self._labels[identity])
-                )
+            cached.identities.update(self.search(selector))
         cached.users += 1
         return cached.identities
 
@@ -192,6 +185,15 @@ class SelectorCache:
     def selections(self, selector: CacheSelector) -> frozenset[int]:
         cached = self._selectors.get(selector)
         return frozenset(cached.identities) if cached else frozenset()
+
+    def search(self, selector: CacheSelector) -> Iterator[int]:
+        """What a selector selects, in use or not."""
+        near = (
+            self._candidates(selector)
+            if isinstance(selector, EndpointSelector)
+            else self._inside(selector.prefix)
+        )
+        return (identity for identity in near if selector.matches(self._labels[identity]))
 
     def matching(self, labels: Labels) -> Iterator[CacheSelector]:
         """The selectors in use that match these labels."""

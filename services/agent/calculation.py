@@ -12,7 +12,7 @@ current inputs alone; what is dirty only says which subjects need to be resolved
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -125,6 +125,16 @@ class Subject:
     key: SubjectKey
     labels: Labels
     users: dict[int, str] = field(default_factory=dict)  # endpoint id -> name
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One subject's policy as documents that are not in force yet would make it."""
+
+    subject: SubjectKey
+    users: tuple[str, ...]  # names of endpoints
+    rows_now: int
+    rows: int
 
 
 class Calculation:
@@ -263,6 +273,43 @@ class Calculation:
     def resolve(self, key: SubjectKey) -> ResolvedPolicy:
         subject = self._subjects[key]
         return self.engine.resolve(subject.labels, mode=key.mode, audit=key.audit)
+
+    def subjects_of(self, documents: Iterable[Document]) -> set[SubjectKey]:
+        """Whom on this node one of these documents is about."""
+        selectors = [rule.selector for document in documents for rule in document.rules]
+        return {
+            key
+            for key, subject in self._subjects.items()
+            if any(selector.matches(subject.labels) for selector in selectors)
+        }
+
+    def preview(self, puts: Mapping[PolicyName, Document]) -> Iterator[Preview]:
+        """The policies as they would be with these documents put, of whom they are about.
+
+        It changes nothing: prefixes that have no number yet are counted as if each had one.
+        """
+        for key in sorted(self.subjects_of(puts.values())):
+            subject = self._subjects.get(key)
+            if subject is None:  # gone since the one before was looked at
+                continue
+            mode, labels = key.mode, subject.labels
+            wanted = [
+                document
+                for document in {**self._documents, **puts}.values()
+                if any(rule.selector.matches(labels) for rule in document.rules)
+            ]
+            preview = self.engine.preview(wanted)
+            fresh = (
+                cidr_labels(prefix)
+                for prefix in preview.cidr_prefixes()
+                if prefix.prefixlen and prefix not in self._cidr_in_engine
+            )
+            yield Preview(
+                subject=key,
+                users=tuple(sorted(subject.users.values())),
+                rows_now=len(self.resolve(key).mapstate),
+                rows=preview.rows(labels, mode=mode, more=fresh),
+            )
 
     def policy_row(self, key: SubjectKey) -> PolicyMapRow:
         """The policy of one subject. Raises SlotsExhausted."""

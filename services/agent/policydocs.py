@@ -7,13 +7,16 @@ call returns when this node's endpoints enforce what was stored.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from cilia.errors import DomainError, InvalidError, Kind, NotFoundError
 from cilia.policy import Document, Fault, parse_documents
 from services.agent.clients import IdentityClient, Outcome
 from services.agent.clusterwatch import ClusterView, PolicyEntry, PolicyName
+from services.agent.endpoint import SubjectKey
+from services.agent.reconcilers.policymap import PolicyTooLarge
 from services.agent.regeneration import Regeneration
 
 
@@ -41,10 +44,36 @@ class PolicyNotFound(NotFoundError):
 
 
 class NotRealised(DomainError):
-    """It is stored, but this node does not enforce it yet."""
+    """The change is stored, but this node does not enforce it yet."""
 
     default_kind = Kind.DEADLINE
-    default_cure = "It is stored and will be enforced; `cilia status` says what is in the way"
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """How a change that does not become real is told."""
+
+    done: str
+    late: str
+    late_cure: str
+    failed: str
+    failed_cure: str
+
+
+_APPLIED: Final = _Told(
+    done="the policy is stored",
+    late="was not enforced",
+    late_cure="It is stored and will be enforced; `cilia status` says what is in the way",
+    failed="cannot be enforced",
+    failed_cure="The old policy stays until then; `cilia status` shows whether it still fails",
+)
+_DELETED: Final = _Told(
+    done="the policy is deleted",
+    late="was still enforced",
+    late_cure="It will cease to be enforced; `cilia status` says what is in the way",
+    failed="what is left cannot be enforced",
+    failed_cure="The old policy stays until then; `cilia status` shows whether it still fails",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +109,10 @@ class PolicyDocuments:
     async def apply(
         self, sources: Sequence[Source], *, default_namespace: str, dry_run: bool, wait: bool
     ) -> Applied:
-        """Raises DocumentsInvalid, NoDocuments, IdentityUnavailable, NotRealised."""
+        """Raises DocumentsInvalid, NoDocuments, PolicyTooLarge: then nothing was stored.
+
+        Raises IdentityUnavailable, and with `wait` NotRealised.
+        """
         documents: dict[PolicyName, Document] = {}
         faults: list[Fault] = []
         warnings: list[Fault] = []
@@ -106,13 +138,19 @@ class PolicyDocuments:
             raise DocumentsInvalid(faults)
         if not documents:
             raise NoDocuments
+        await self._refuse_overflow(documents)
+        concerned = [*documents.values(), *self._in_force(documents)]
+        failed_before = frozenset(self._regeneration.failing)
         entries = [PolicyEntry.of(document) for document in documents.values()]
         revision, outcomes = await self._client.apply_policies(entries, dry_run=dry_run)
         realised = False
         if wait and not dry_run:
             wanted = {entry.name: entry for entry in entries}
             await self._wait(
-                lambda: all(self._view.policies.get(name) == e for name, e in wanted.items())
+                lambda: all(self._view.policies.get(name) == e for name, e in wanted.items()),
+                concerned=concerned,
+                failed_before=failed_before,
+                told=_APPLIED,
             )
             realised = True
         return Applied(revision, outcomes, tuple(warnings), realised)
@@ -127,32 +165,73 @@ class PolicyDocuments:
             missing = [name for name in names if name not in self._view.policies]
             if missing and self._view.live:
                 raise PolicyNotFound(missing)
+        concerned = self._in_force(self._view.policies if everything else names)
+        failed_before = frozenset(self._regeneration.failing)
         revision, outcomes = await self._client.delete_policies(names, everything=everything)
         if wait:
             gone = [PolicyName(o.kind, o.namespace, o.name) for o in outcomes]
-            await self._wait(lambda: not any(name in self._view.policies for name in gone))
+            await self._wait(
+                lambda: not any(name in self._view.policies for name in gone),
+                concerned=concerned,
+                failed_before=failed_before,
+                told=_DELETED,
+            )
         return revision, outcomes
 
-    async def _wait(self, known: object) -> None:
+    def _in_force(self, names: Iterable[PolicyName]) -> list[Document]:
+        """The present form of these."""
+        documents = self._regeneration.calculation.documents
+        return [documents[name] for name in names if name in documents]
+
+    async def _refuse_overflow(self, documents: Mapping[PolicyName, Document]) -> None:
+        """Raises PolicyTooLarge if the policy of an endpoint here would not fit its map.
+
+        One that is too large already may be made smaller, step by step. What other nodes store,
+        and new identities, are met later: the policy map refuses what does not fit.
+        """
+        limit = self._regeneration.policy_limit
+        for preview in self._regeneration.calculation.preview(documents):
+            if preview.rows > limit and preview.rows > preview.rows_now:
+                raise PolicyTooLarge(
+                    preview.subject,
+                    preview.users,
+                    needed=preview.rows,
+                    allowed=limit,
+                    outcome="nothing was changed",
+                )
+            await asyncio.sleep(0)  # a large policy set must not hold the loop
+
+    async def _wait(
+        self,
+        known: Callable[[], bool],
+        *,
+        concerned: Sequence[Document],
+        failed_before: Collection[SubjectKey],
+        told: _Told,
+    ) -> None:
         """Until the view has it, and then until what follows from it is in the kernel."""
-        assert callable(known)
+
+        def failing() -> str:
+            """Of whom the documents are about, and of whom nothing was known to fail before."""
+            about = self._regeneration.calculation.subjects_of(concerned)
+            failures = self._regeneration.failing
+            return "; ".join(
+                failures[key] for key in failures if key in about or key not in failed_before
+            )
+
         try:
             async with asyncio.timeout(self._wait_timeout_s):
                 async with self._changed:
                     await self._changed.wait_for(known)
                 await self._regeneration.wait_folded()
         except TimeoutError:
-            failing = "; ".join(
-                f"{subject}: {why}" for subject, why in self._regeneration.failing.items()
-            )
+            why = failing()
             raise NotRealised(
-                f"the policy is stored, but was not enforced within {self._wait_timeout_s:g} s"
-                + (f": {failing}" if failing else "")
+                f"{told.done}, but {told.late} within {self._wait_timeout_s:g} s"
+                + (f": {why}" if why else ""),
+                cure=told.late_cure,
             ) from None
-        failing = "; ".join(self._regeneration.failing.values())
-        if failing:
+        if why := failing():
             raise NotRealised(
-                f"the policy is stored, but cannot be enforced: {failing}",
-                kind=Kind.EXHAUSTED,
-                cure="The old policy stays until then; `cilia status` shows whether it still fails",
+                f"{told.done}, but {told.failed}: {why}", kind=Kind.EXHAUSTED, cure=told.failed_cure
             )

@@ -97,6 +97,7 @@ class Regeneration:
         saved: PolicyStateFile,
         announce: Callable[[], Awaitable[None]],
         policy_limit: int,
+        self.policy_limit = policy_limit  # rows that one policy may have
     ) -> None:
         self._node = node
         self._view = view
@@ -123,7 +124,7 @@ class Regeneration:
         self._epoch_due = False
         self._epoch_of = (0, 0)  # what had changed when the epoch was last raised
         self.policymap.spare_by(self.endpointmap.slots)
-        self.realised_revision = 0
+        self._flushed_revision = 0  # what the last flush that ended well was made from
         self._begun = 0  # flushes
         self._ended = 0  # the number of the last flush that ended well
         self._realised = asyncio.Event()
@@ -153,6 +154,16 @@ class Regeneration:
         return dict(self._document_errors)
 
     @property
+    @property
+    def realised_revision(self) -> int:
+        """The store revision up to which every endpoint here is under the policy set."""
+        unread = (
+            entry.revision - 1
+            for name in self._document_errors
+            if (entry := self._view.policies.get(name)) is not None
+        )
+        return min((self._flushed_revision, *self._kept_revision.values(), *unread))
+
     def failing(self) -> dict[SubjectKey, str]:
         return dict(self._subject_errors)
 
@@ -160,7 +171,7 @@ class Regeneration:
         """The store revision of the policy set that the endpoint's policy was made from."""
         if not endpoint.open:
             return 0
-        return self._kept_revision.get(endpoint.id, self.realised_revision)
+        return self._kept_revision.get(endpoint.id, self._flushed_revision)
 
     def trigger_by(self, trigger: Callable[[], None]) -> None:
         """How to ask for a flush: the controller's trigger."""
@@ -236,7 +247,7 @@ class Regeneration:
         if synced:
             await self._free_slots()
             self._settle_endpoints(revision)
-            self.realised_revision = revision
+            self._flushed_revision = revision
         calculation.release_prefixes(gone_prefixes)
         self._ended = self._begun
         self._realised.set()
@@ -470,7 +481,9 @@ class Regeneration:
                 and status.state is State.DONE
             )
             if error:
-                self._kept_revision.setdefault(endpoint.id, self.realised_revision)
+                # It is behind, also where no document changed but whom they select did.
+                behind = max(0, min(self._flushed_revision, revision - 1))
+                self._kept_revision.setdefault(endpoint.id, behind)
             else:
                 self._kept_revision.pop(endpoint.id, None)
             self._endpoints.fail(endpoint.id, error)

@@ -13,7 +13,7 @@ import pytest
 from cilia.labels import Labels
 from cilia.rpc.convert import labels_to_proto
 from protos.agent.v1 import agent_pb2 as pb
-from tests.integration.agentnode import AgentNode, refused, run
+from tests.integration.agentnode import AgentNode, eventually, refused, run
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
 
@@ -167,10 +167,7 @@ def test_unknown_endpoint_option_and_label(node: AgentNode) -> None:
     assert "has no label" in message
 
 
-def test_policy_that_does_not_fit_is_refused_before_anything_is_programmed(
-    node: AgentNode,
-) -> None:
-    good = """
+PORT_80 = """
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
 metadata: {name: ports}
@@ -179,25 +176,101 @@ spec:
   ingress:
   - toPorts: [{ports: [{port: "80", protocol: TCP}]}]
 """
-    node.apply(good)
+
+
+def with_twenty(document: str) -> str:
+    ports = ", ".join(f'{{port: "{n}", protocol: TCP}}' for n in range(80, 100))
+    return document.replace('{port: "80", protocol: TCP}', ports)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_policy_that_does_not_fit_is_refused_before_anything_is_stored(
+    node: AgentNode, dry_run: bool
+) -> None:
+    node.apply(PORT_80)
     try:
         before = rows(node)
-        ports = ", ".join(f'{{port: "{n}", protocol: TCP}}' for n in range(80, 100))
-        code, message = refused(
-            lambda: node.apply(good.replace('{port: "80", protocol: TCP}', ports))
-        )
+        code, message = refused(lambda: node.apply(with_twenty(PORT_80), dry_run=dry_run))
         assert code is EXHAUSTED
-        assert "default/first" in message
-        assert "needs 22 map entries, 4 are allowed" in message
+        assert f"default/first (identity {node.get('first').identity})" in message
+        assert "needs 22 map entries, 4 are allowed; nothing was changed" in message
         assert rows(node) == before
-        assert node.get("first").state == "not-ready"
-        assert "needs 22" in node.get("first").message
-        log = node.endpoints.Log(pb.EndpointRef(name="first"), timeout=10).entries
-        told = {entry.code for entry in log if "needs 22" in entry.message}
-        assert told == {"Failure"}
-        assert node.component("policy").state == "Failure"
+        stored = node.policy.Get(pb.GetPoliciesRequest(), timeout=10).policies
+        assert [b'"81"' in policy.document for policy in stored] == [False]
+        assert node.get("first").state == "ready"
+        assert node.component("policy").state == "Ok"
     finally:
         node.delete_policies()
+
+
+def test_prefixes_count_without_being_numbered(node: AgentNode) -> None:
+    prefixes = ", ".join(f"10.99.0.{n}/32" for n in range(20))
+    document = PORT_80.replace('toPorts: [{ports: [{port: "80", protocol: TCP}]}]', "fromCIDR: [P]")
+    code, message = refused(lambda: node.apply(document.replace("P]", f"{prefixes}]")))
+    assert code is EXHAUSTED
+    assert "needs 22 map entries" in message
+    held = [row for reply in node.datapath.DumpIpcache(pb.DumpRequest()) for row in reply.rows]
+    assert not any(row.prefix.startswith("10.99.") for row in held)
+
+
+def test_documents_about_nobody_here_fit(node: AgentNode) -> None:
+    node.apply(with_twenty(PORT_80).replace("app: first", "app: elsewhere"))
+    node.delete_policies()
+
+
+EVERYBODY = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: everybody}
+spec:
+  endpointSelector: {matchLabels: {app: first}}
+  ingress:
+  - fromEndpoints: [{matchExpressions: [{key: app, operator: Exists}]}]
+"""
+
+
+def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
+    node: AgentNode,
+) -> None:
+    node.apply(EVERYBODY)
+    names = ["grow1", "grow2"]
+    try:
+        before = rows(node)
+        for name in names:
+            node.workload(name, f"app={name}")
+        eventually(
+            lambda: node.get("first").state == "not-ready", within_s=5, what="it is outgrown"
+        )
+        assert "needs 5 map entries, 4 are allowed" in node.get("first").message
+        assert set(rows(node)) >= set(before)
+        status = node.status()
+        assert node.component("policy").state == "Failure"
+        assert status.realised_revision < status.policy_revision
+        # Others' documents can be applied and deleted; one about it is told the truth.
+        elsewhere = PORT_80.replace("app: first", "app: elsewhere")
+        assert node.apply(elsewhere).realised
+        assert node.status().realised_revision < node.status().policy_revision
+        code, message = refused(
+            lambda: node.apply(EVERYBODY.replace("app: first}", "app: first,}"))
+        )
+        assert code is EXHAUSTED
+        assert "the policy is stored, but cannot be enforced" in message
+        from protos.identity.v1 import identity_pb2
+
+        name = identity_pb2.PolicyName(
+            kind="CiliumNetworkPolicy", namespace="default", name="ports"
+        )
+        node.policy.Delete(pb.DeleteRequest(names=[name], wait=True), timeout=20)
+        # What makes it smaller is taken.
+        assert node.apply(EVERYBODY.replace("Exists", "In, values: [grow1]")).realised
+        status = node.status()
+        assert status.realised_revision == status.policy_revision
+    finally:
+        node.delete_policies()
+        for name in names:
+            node.delete(name)
+            run("ip", "netns", "del", f"{node.base}-{name}")
+            node.namespaces.remove(f"{node.base}-{name}")
     assert node.get("first").state == "ready"
 
 

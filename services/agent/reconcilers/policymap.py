@@ -19,7 +19,7 @@ pinned array is always the last that was given, and no connection can outlive it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,11 +46,19 @@ _ROWWISE_LIMIT: Final = 512
 
 
 class PolicyTooLarge(ExhaustedError):
-    def __init__(self, row: PolicyMapRow, allowed: int) -> None:
-        who = ", ".join(row.users[:3]) + (", ..." if len(row.users) > 3 else "")
+    def __init__(
+        self,
+        subject: SubjectKey,
+        users: Sequence[str],
+        *,
+        needed: int,
+        allowed: int,
+        outcome: str = "the old policy stays",
+    ) -> None:
+        who = ", ".join(users[:3]) + (", ..." if len(users) > 3 else "")
         super().__init__(
-            f"policy of {who or 'no endpoint'} (identity {row.subject.identity}) needs "
-            f"{len(row.rows)} map entries, {allowed} are allowed; the old policy stays",
+            f"policy of {who or 'no endpoint'} (identity {subject.identity}) needs "
+            f"{needed} map entries, {allowed} are allowed; {outcome}",
             cure="Raise --bpf-policy-map-max, or write fewer or broader rules",
         )
 
@@ -120,7 +128,7 @@ class PolicyMaps:
         """Make the slot hold the policy; False when it did. Raises PolicyTooLarge, BpfError."""
         rows = row.rows
         if len(rows) > self._limit:
-            raise PolicyTooLarge(row, self._limit)
+            raise PolicyTooLarge(row.subject, row.users, needed=len(rows), allowed=self._limit)
         actual = self._actual.get(row.slot)
         masks = rows.masks()
         if (

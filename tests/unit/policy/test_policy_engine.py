@@ -262,3 +262,33 @@ def test_rule_numbers_never_change_between_releases() -> None:
     (doc,) = engine.documents()
     # Written down: hubs of flows compare the numbers of nodes that run different releases.
     assert engine.repository.ids.number(doc.key, "spec.ingress[0]") == 4208862191
+
+
+def test_a_preview_counts_what_would_be_and_changes_nothing() -> None:
+    engine = star_wars()
+    for number, labels in ((256, DEATHSTAR), (257, TIEFIGHTER), (258, XWING)):
+        engine.add_identity(number, labels)
+    before = dict(engine.resolve(DEATHSTAR).mapstate)
+    (document,) = rules("""
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: more}
+spec:
+  endpointSelector: {matchLabels: {class: deathstar}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {org: alliance}}, {}]
+  - fromCIDR: [10.0.0.0/8, 10.1.0.0/16]
+    toPorts: [{ports: [{port: "1000", endPort: 1023, protocol: TCP}]}]
+""")
+    preview = engine.preview([*engine.documents(), document])
+    fresh = [cidr_labels(prefix) for prefix in preview.cidr_prefixes()]
+    counts = {
+        subject: preview.rows(subject, mode="default", more=fresh) for subject in (DEATHSTAR, XWING)
+    }
+    assert dict(engine.resolve(DEATHSTAR).mapstate) == before
+    assert len(engine.documents()) == 1
+    engine.upsert(document)
+    for number, labels in enumerate(fresh, 1 << 24):
+        engine.add_identity(number, labels)
+    assert counts == {x: len(engine.resolve(x).mapstate) for x in (DEATHSTAR, XWING)}
+    assert counts[DEATHSTAR] > len(before)
