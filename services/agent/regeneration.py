@@ -97,8 +97,8 @@ class Regeneration:
         saved: PolicyStateFile,
         announce: Callable[[], Awaitable[None]],
         policy_limit: int,
-        self.policy_limit = policy_limit  # rows that one policy may have
     ) -> None:
+        self.policy_limit = policy_limit  # rows that one policy may have
         self._node = node
         self._view = view
         self._endpoints = endpoints
@@ -154,7 +154,6 @@ class Regeneration:
         return dict(self._document_errors)
 
     @property
-    @property
     def realised_revision(self) -> int:
         """The store revision up to which every endpoint here is under the policy set."""
         unread = (
@@ -164,6 +163,7 @@ class Regeneration:
         )
         return min((self._flushed_revision, *self._kept_revision.values(), *unread))
 
+    @property
     def failing(self) -> dict[SubjectKey, str]:
         return dict(self._subject_errors)
 
