@@ -50,7 +50,7 @@ from services.agent.config import AgentConfig
 from services.agent.conntrack import Conntrack
 from services.agent.datapath import Datapath
 from services.agent.dumps import Dumps
-from services.agent.endpoint import EndpointState
+from services.agent.endpoint import CLOSING, EndpointState
 from services.agent.endpointtable import Endpoints
 from services.agent.host import HostNetwork
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
@@ -156,9 +156,10 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
             entry = view.identities.get(number)
             if entry is not None and is_cluster(number):
                 allocator.learn(entry.labels, number)
-        regeneration.changed(changes)
-        regenerate.trigger()
-        controllers.trigger("save-identities")
+        if regeneration.changed(changes):
+            regenerate.trigger()
+        if changes.identities:
+            controllers.trigger("save-identities")
         policy_changed.set()
 
     watch = Watch(client, view, on_cluster_change)
@@ -169,13 +170,18 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         if regeneration.set_host_addresses(addresses):
             regenerate.trigger()
 
+    def on_gone(name: str) -> None:
+        # Most go because we deleted them: those are no reason to look at all.
+        if any(e.wired and e.state not in CLOSING for e in endpoints.named_interface(name)):
+            controllers.trigger("vanished-endpoints")
+
     host = HostNetwork(
         config,
         datapath,
         ipam,
         attachments=attachments,
         on_addresses=on_addresses,
-        on_links=lambda: controllers.trigger("vanished-endpoints"),
+        on_gone=on_gone,
     )
     device_reconciler = DeviceReconciler(host.devices, datapath)
     attach_reconciler = AttachReconciler(attachments.reader(), datapath, mode=config.attach)
@@ -294,7 +300,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("identity-watch", watch.follow, retry_s=0.5, retry_max_s=2.0, resync_s=0.1),
         Controller("identity-references", settle_references, retry_s=1.0, resync_s=300.0),
         Controller("announcements", push_announcements, retry_s=1.0, resync_s=300.0),
-        Controller("save-identities", save_identities, min_interval_s=0.5),
+        Controller("save-identities", save_identities, min_interval_s=5.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),

@@ -349,14 +349,22 @@ class Calculation:
                 source="cluster",
             )
         for endpoint in endpoints:
-            if endpoint.realised_identity is None:
-                continue
-            for address in endpoint.addresses:
-                network = host_network(address)
-                rows[network] = IpcacheRow(
-                    prefix=network, identity=endpoint.realised_identity, source="endpoint"
-                )
+            rows.update((row.prefix, row) for row in self.ipcache_of(endpoint))
         for address in (*self.host_addresses, *self._router):
             network = host_network(address)
             rows[network] = IpcacheRow(prefix=network, identity=HOST, source="host")
         return rows
+
+    @staticmethod
+    def ipcache_of(endpoint: Endpoint) -> list[IpcacheRow]:
+        """What `ipcache` says of one endpoint, where nothing of higher rank speaks."""
+        if endpoint.realised_identity is None:
+            return []
+        return [
+            IpcacheRow(
+                prefix=host_network(address),
+                identity=endpoint.realised_identity,
+                source="endpoint",
+            )
+            for address in endpoint.addresses
+        ]

@@ -150,6 +150,7 @@ class ClusterView:
         self.loaded = False  # a saved policy set was loaded from disk
         self.policy_revision = 0  # of the newest policy change known
         self.policy_version = 0  # raised whenever the policy set changes here
+        self.ip_version = 0  # raised whenever `ips` changes
 
     @property
     def identities(self) -> Mapping[NumericIdentity, IdentityEntry]:
@@ -244,6 +245,8 @@ class ClusterView:
                 self._ips.pop(prefix, None)
             else:
                 self._ips[prefix] = ip
+        if changes.ips:
+            self.ip_version += 1
         if events.policies:
             self.policy_version += 1
         for name, policy in events.policies.items():

@@ -102,6 +102,7 @@ _EDGES: Final[Mapping[EndpointState, frozenset[EndpointState]]] = {
     _S.DISCONNECTING: frozenset({_S.DISCONNECTED}),
     _S.DISCONNECTED: frozenset(),
 }
+CLOSING: Final = frozenset({_S.DISCONNECTING, _S.DISCONNECTED})
 # Only regeneration itself takes these.
 _BUILDER_EDGES: Final[frozenset[tuple[EndpointState, EndpointState]]] = frozenset(
     {

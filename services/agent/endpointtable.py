@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -112,9 +112,17 @@ class Endpoints:
             raise EndpointNotFound(qualified)
         return named[0]
 
+    def named_interface(self, name: str) -> Iterable[Endpoint]:
+        """Those whose interface on the node has this name."""
+        return self._table.by("host_interface", name)
+
     def update(self, number: EndpointID, **changes: Any) -> Endpoint:
         """Replace fields of the row. Raises EndpointNotFound."""
-        endpoint = replace(self.get(number), **changes)
+        endpoint = self.get(number)
+        # Every flush says of every endpoint what is so already; making the row anew costs more.
+        if all(getattr(endpoint, name) == value for name, value in changes.items()):
+            return endpoint
+        endpoint = replace(endpoint, **changes)
         self._table.upsert(endpoint)
         return endpoint
 

@@ -58,14 +58,14 @@ class HostNetwork:
         *,
         attachments: Table[str, AttachRow],
         on_addresses: Callable[[frozenset[IPv4Address | IPv6Address]], None],
-        on_links: Callable[[], None],
+        on_gone: Callable[[str], None],
     ) -> None:
         self._config = config
         self._datapath = datapath
         self._ipam = ipam
         self._attachments = attachments
         self._on_addresses = on_addresses
-        self._on_links = on_links
+        self._on_gone = on_gone  # told the names of interfaces that went
         self._devices: Table[int, DeviceRow] = Table("devices", key=lambda row: row.ifindex)
         self._names: frozenset[str] = frozenset()
         self._own: set[int] = set()  # indexes of endpoints' interfaces
@@ -131,8 +131,8 @@ class HostNetwork:
         self._take(view)
         self._on_addresses(view.addresses)
         names = frozenset(link.name for link in view.links)
-        if self._names - names:
-            self._on_links()
+        for name in self._names - names:
+            self._on_gone(name)
         self._names = names
         self._own = {
             link.index
@@ -186,7 +186,7 @@ class HostNetwork:
                 self._own.add(link.index)
                 if event.deleted:
                     self._own.discard(link.index)
-                    self._on_links()
+                    self._on_gone(link.name)
                 return False
             case Link():
                 return True

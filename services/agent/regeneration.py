@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import structlog
 
@@ -37,6 +37,7 @@ from services.agent.calculation import Calculation
 from services.agent.clusterwatch import Changes, ClusterView, PolicyName
 from services.agent.datapath import Datapath
 from services.agent.endpoint import (
+    CLOSING,
     NAMESPACE_LABEL,
     Endpoint,
     EndpointState,
@@ -57,7 +58,6 @@ NO_POLICY_SET = (
     "policy is not known: the identity service was not reached and no policy set was saved; "
     "packets are dropped until it is (start the identity service)"
 )
-_CLOSED_STATES = frozenset({EndpointState.DISCONNECTING, EndpointState.DISCONNECTED})
 
 
 @dataclass(slots=True)
@@ -66,7 +66,6 @@ class Pending:
 
     identities: set[NumericIdentity] = field(default_factory=set)
     policies: set[PolicyName] = field(default_factory=set)
-    ips: bool = False
     force: set[SubjectKey] = field(default_factory=set)
     everything: bool = True  # the first flush looks at all there is
 
@@ -122,6 +121,8 @@ class Regeneration:
         self._kept_revision: dict[EndpointID, int] = {}  # of endpoints whose policy is stale
         self._held: dict[SubjectKey, str] = {}  # by a document that nobody here understands
         self._epoch_due = False
+        self._ipcache_others: object = None  # what the ipcache's rows were made from
+        self._ipcache_endpoints: Mapping[EndpointID, Endpoint] = {}
         self._epoch_of = (0, 0)  # what had changed when the epoch was last raised
         self.policymap.spare_by(self.endpointmap.slots)
         self._flushed_revision = 0  # what the last flush that ended well was made from
@@ -177,11 +178,31 @@ class Regeneration:
         """How to ask for a flush: the controller's trigger."""
         self._trigger = trigger
 
-    def changed(self, changes: Changes) -> None:
-        """Marks work; the flush does it."""
+    def changed(self, changes: Changes) -> bool:
+        """Marks work for the next flush; False when none is needed for it.
+
+        Most of what the service tells is what we told it: our identities, our addresses.
+        """
         self.pending.identities |= changes.identities
         self.pending.policies |= changes.policies
-        self.pending.ips = self.pending.ips or bool(changes.ips)
+        return (
+            changes.synced
+            or bool(changes.policies)
+            or any(self._identity_is_news(number) for number in changes.identities)
+            or any(self._prefix_is_news(prefix) for prefix in changes.ips)
+        )
+
+    def _identity_is_news(self, number: NumericIdentity) -> bool:
+        entry = self._view.identities.get(number)
+        known = self.calculation.labels_of(number)
+        return known is not None if entry is None else known != entry.labels
+
+    def _prefix_is_news(self, prefix: str) -> bool:
+        entry = self._view.ips.get(prefix)
+        if entry is not None and entry.node != self._node:
+            return True
+        row = self._ipcache.get(ip_network(prefix))
+        return row is not None and row.source == "cluster"
 
     def force(self, subject: SubjectKey) -> None:
         """Resolve and write this subject again although nothing says that it changed."""
@@ -223,7 +244,7 @@ class Regeneration:
         self._fold()
         calculation = self.calculation
         calculation.set_users(
-            endpoint for endpoint in self._endpoints if endpoint.state not in _CLOSED_STATES
+            endpoint for endpoint in self._endpoints if endpoint.state not in CLOSING
         )
         revision = self._view.policy_revision
         gone_prefixes = calculation.cidrs.release_due()
@@ -391,7 +412,7 @@ class Regeneration:
         """Endpoints whose policy is in its slot take it over."""
         for endpoint in self._endpoints:
             key = self.calculation.subject_of(endpoint)
-            if key is None or endpoint.state in _CLOSED_STATES:
+            if key is None or endpoint.state in CLOSING:
                 continue
             row = self._done(key)
             if row is None:
@@ -407,19 +428,55 @@ class Regeneration:
             )
 
     async def _flush_ipcache(self, *, prune: bool) -> None:
-        wanted = self.calculation.ipcache(
-            node=self._node,
-            endpoints=[e for e in self._endpoints if e.state not in _CLOSED_STATES],
-            cluster=self._view.ips,
+        endpoints = {e.id: e for e in self._endpoints if e.state not in CLOSING}
+        others = (
+            self._view.ip_version,
+            self.calculation.cidrs.version,
+            self.calculation.host_addresses,
         )
-        self._ipcache.replace_all(wanted.values())
+        if others != self._ipcache_others or not self._put_endpoints(endpoints):
+            wanted = self.calculation.ipcache(
+                node=self._node, endpoints=endpoints.values(), cluster=self._view.ips
+            )
+            self._ipcache.replace_all(wanted.values())
+        self._ipcache_others, self._ipcache_endpoints = others, endpoints
         if prune:
             self._ipcache.mark_synced()
         await self.ipcache.flush()
 
+    def _put_endpoints(self, endpoints: Mapping[EndpointID, Endpoint]) -> bool:
+        """Change the rows of those that changed, and those alone; False when another source speaks
+        of such a prefix, too: then rank decides, over all there is."""
+        before = self._ipcache_endpoints
+        gone: dict[Network, IpcacheRow] = {}
+        puts: dict[Network, IpcacheRow] = {}
+        for number in before.keys() | endpoints.keys():
+            old, new = before.get(number), endpoints.get(number)
+            if old is new:
+                continue
+            of = self.calculation.ipcache_of
+            was = of(old) if old is not None else []
+            now = of(new) if new is not None else []
+            if was != now:
+                gone.update((row.prefix, row) for row in was)
+                puts.update((row.prefix, row) for row in now)
+        for prefix in gone.keys() | puts.keys():
+            present = self._ipcache.get(prefix)
+            entry = self._view.ips.get(str(prefix))
+            if (
+                (present is not None and present.source != "endpoint")
+                or (entry is not None and entry.node != self._node)
+                or prefix in self.calculation.cidrs.numbers
+            ):
+                return False
+        for prefix in gone.keys() - puts.keys():
+            self._ipcache.delete(prefix)
+        self._ipcache.upsert_all(puts.values())
+        return True
+
     async def _flush_endpoint_rows(self, *, prune: bool) -> None:
         for endpoint in self._endpoints:
-            if endpoint.state in _CLOSED_STATES:
+            if endpoint.state in CLOSING:
                 self._rows.delete(endpoint.id)
                 continue
             row = self._row_of(endpoint)
@@ -468,7 +525,7 @@ class Regeneration:
     def _settle_endpoints(self, revision: int) -> None:
         for endpoint in self._endpoints:
             key = self.calculation.subject_of(endpoint)
-            if key is None or endpoint.state in _CLOSED_STATES:
+            if key is None or endpoint.state in CLOSING:
                 continue
             status = self.endpointmap.statuses.get(endpoint.id)
             error = self._subject_errors.get(key, "")
