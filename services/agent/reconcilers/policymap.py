@@ -10,6 +10,9 @@ neither the old nor the new policy allows:
           -> rev = the next number of the node, a write that changes nothing else
             -> the mark is cleared
 
+Each step is taken for all slots that change before the next one is: the kernel waits for a grace
+period after maps were put into slots, once for all of a batch (since Linux 6.8).
+
 The mark (policy_meta.flags, which the programs do not read) says after a crash that rows may be
 newer than the revision under which connections were admitted: such a slot gets a new revision.
 
@@ -19,7 +22,7 @@ pinned array is always the last that was given, and no connection can outlive it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,7 +44,7 @@ from services.agent.rows import PolicyMapRow
 log = structlog.get_logger()
 
 CHANGING: Final = 1 << 0  # policy_meta.flags
-_SMALLEST: Final = 64
+_SMALLEST: Final = 256  # 16 bytes each: a map that is outgrown costs its subject a grace period
 _ROWWISE_LIMIT: Final = 512
 
 
@@ -72,6 +75,22 @@ class _Actual:
     masks: Masks
     rev: int
     changing: bool
+
+
+@dataclass(slots=True)
+class _Change:
+    """A slot on its way to another policy."""
+
+    row: PolicyMapRow
+    actual: _Actual | None
+    masks: Masks
+    rev: int
+    inner: Map | None = None  # which holds the new rows
+    swap: bool = False  # whether it is yet to be put into the slot
+
+    @property
+    def slot(self) -> int:
+        return self.row.slot
 
 
 class PolicyMaps:
@@ -124,54 +143,87 @@ class PolicyMaps:
     def slots(self) -> frozenset[int]:
         return frozenset(self._actual)
 
-    def write(self, row: PolicyMapRow) -> bool:
-        """Make the slot hold the policy; False when it did. Raises PolicyTooLarge, BpfError."""
+    def write(self, rows: Iterable[PolicyMapRow]) -> dict[SubjectKey, Exception]:
+        """Make the slots hold these policies; returns what failed: PolicyTooLarge, BpfError."""
+        failed: dict[SubjectKey, Exception] = {}
+        changes: list[_Change] = []
+        for row in rows:
+            try:
+                change = self._change(row)
+            except (PolicyTooLarge, OSError) as error:
+                failed[row.subject] = error
+            else:
+                if change is not None:
+                    changes.append(change)
+        try:
+            self._apply(changes, failed)
+        except OSError as error:
+            for change in changes:
+                failed.setdefault(change.row.subject, error)
+        for change in changes:
+            if change.row.subject in failed:
+                self._read_slot(change.slot)  # some of it may be in: know what, before the next try
+        return failed
+
+    def _change(self, row: PolicyMapRow) -> _Change | None:
+        """What is to be done; None when the slot holds the policy. Raises PolicyTooLarge."""
         rows = row.rows
         if len(rows) > self._limit:
             raise PolicyTooLarge(row.subject, row.users, needed=len(rows), allowed=self._limit)
         actual = self._actual.get(row.slot)
         masks = rows.masks()
-        if (
-            actual is not None
-            and not actual.changing
-            and actual.rev
-            and actual.masks == masks
-            and actual.rows == rows
-        ):
-            return False
-        interrupted = actual is not None and actual.changing
-        old_masks = actual.masks if actual else NO_MASKS
-        rev = actual.rev if actual else 0
-        if actual is None:
-            # The slot may carry the revision of its last owner; its rows are gone.
-            raw = self._meta.lookup(int(row.slot).to_bytes(4, "little"))
-            rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
-        union = old_masks.union(masks, extra=POLICY_META_HAS_DENY)
         if actual is not None:
-            actual.changing = True
-        self._put_meta(row.slot, rev, union, CHANGING)
-        try:
-            inner = self._write_rows(row.slot, actual, rows)
-        except OSError:
-            self._read_slot(row.slot)  # some rows may be in: know which before the next try
-            raise
-        self._put_meta(row.slot, rev, masks, CHANGING)
-        self._last_rev += 1
-        self._put_meta(row.slot, self._last_rev, masks, CHANGING)
-        self._put_meta(row.slot, self._last_rev, masks, 0)
-        log.debug(
-            "A policy was written.",
-            subject=str(row.subject),
-            slot=row.slot,
-            rev=self._last_rev,
-            rows=len(rows),
-            rows_before=len(actual.rows) if actual else None,
-            interrupted=interrupted,
-        )
-        self._actual[row.slot] = _Actual(inner, rows, masks, self._last_rev, False)
-        return True
+            if not actual.changing and actual.rev and actual.masks == masks and actual.rows == rows:
+                return None
+            return _Change(row, actual, masks, actual.rev)
+        # The slot may carry the revision of its last owner; its rows are gone.
+        raw = self._meta.lookup(int(row.slot).to_bytes(4, "little"))
+        rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
+        return _Change(row, None, masks, rev)
 
-    def _write_rows(self, slot: int, actual: _Actual | None, rows: PolicyRows) -> Map:
+    def _apply(self, changes: list[_Change], failed: dict[SubjectKey, Exception]) -> None:
+        """All steps for all slots; one whose rows cannot be written stays behind, in `failed`."""
+        metas = []
+        for change in changes:
+            old = change.actual.masks if change.actual else NO_MASKS
+            union = old.union(change.masks, extra=POLICY_META_HAS_DENY)
+            metas.append((change.slot, change.rev, union, CHANGING))
+            if change.actual is not None:
+                change.actual.changing = True
+        self._put_metas(metas)
+        for change in changes:
+            try:
+                self._write_rows(change)
+            except OSError as error:
+                failed[change.row.subject] = error
+        good = [change for change in changes if change.row.subject not in failed]
+        swaps = [(c.slot, c.inner.fd) for c in good if c.swap and c.inner is not None]
+        if swaps:
+            numbers = np.array(swaps, "u4")
+            self._policy.update_batch(
+                np.ascontiguousarray(numbers[:, 0]), np.ascontiguousarray(numbers[:, 1])
+            )
+        self._put_metas((c.slot, c.rev, c.masks, CHANGING) for c in good)
+        revs = [self._last_rev + 1 + n for n in range(len(good))]
+        self._last_rev += len(good)
+        self._put_metas((c.slot, rev, c.masks, CHANGING) for c, rev in zip(good, revs, strict=True))
+        self._put_metas((c.slot, rev, c.masks, 0) for c, rev in zip(good, revs, strict=True))
+        for change, rev in zip(good, revs, strict=True):
+            assert change.inner is not None
+            rows = change.row.rows
+            log.debug(
+                "A policy was written.",
+                subject=str(change.row.subject),
+                slot=change.slot,
+                rev=rev,
+                rows=len(rows),
+                rows_before=len(change.actual.rows) if change.actual else None,
+            )
+            self._actual[change.slot] = _Actual(change.inner, rows, change.masks, rev, False)
+
+    def _write_rows(self, change: _Change) -> None:
+        """Into the slot's map, or into a new one that is to be put there."""
+        rows, actual = change.row.rows, change.actual
         if actual is not None:
             delta = difference(actual.rows, rows)
             # Both policies are in the map for a moment, so it must have room for their union.
@@ -190,13 +242,14 @@ class PolicyMaps:
                     )
                 if len(delta.drop_denies):
                     actual.inner.delete_batch(delta.drop_denies.key_array())
-                return actual.inner
+                change.inner = actual.inner
+                return
         size = _SMALLEST
         while size < 2 * len(rows) and size < self._limit:
             size *= 2
         inner = Map.create(
             MapType.HASH,
-            f"policy_{slot}",
+            f"policy_{change.slot}",
             POLICY_KEY.itemsize,
             POLICY_VALUE.itemsize,
             max(min(size, self._limit), len(rows), 1),
@@ -204,26 +257,28 @@ class PolicyMaps:
         )
         if len(rows):
             inner.update_batch(rows.key_array(), rows.value_array())
-        self._policy.set_inner(slot, inner)
-        return inner
+        change.inner, change.swap = inner, True
 
     def erase(self, slot: int) -> None:
         """Empty a slot: no row matches, everything is denied. Its revision stays behind."""
         raw = self._meta.lookup(int(slot).to_bytes(4, "little"))
         rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
         if rev:
-            self._put_meta(slot, rev, NO_MASKS, 0)
+            self._put_metas([(slot, rev, NO_MASKS, 0)])
         self._policy.clear_inner(slot)
         self._actual.pop(slot, None)
         log.debug("A policy slot was emptied.", slot=slot)
 
-    def _put_meta(self, slot: int, rev: int, masks: Masks, flags: int) -> None:
-        value = np.zeros(1, POLICY_META)
-        value["rev"] = rev
-        value["flags"] = flags
-        value["plens_id"] = masks.id
-        value["plens_any"] = masks.any
-        self._meta.update(int(slot).to_bytes(4, "little"), value.tobytes())
+    def _put_metas(self, metas: Iterable[tuple[int, int, Masks, int]]) -> None:
+        """Rows of cilia_policy_meta: slot, revision, masks, flags."""
+        rows = list(metas)
+        values = np.zeros(len(rows), POLICY_META)
+        for value, (_, rev, masks, flags) in zip(values, rows, strict=True):
+            value["rev"] = rev
+            value["flags"] = flags
+            value["plens_id"] = masks.id
+            value["plens_any"] = masks.any
+        self._meta.update_batch(np.array([slot for slot, *_ in rows], "u4"), values)
 
     def close(self) -> None:
         for actual in self._actual.values():
@@ -265,18 +320,7 @@ class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
     async def update_batch(
         self, rows: Mapping[SubjectKey, PolicyMapRow]
     ) -> Mapping[SubjectKey, Exception]:
-        return await self._datapath.run(self._write_all, list(rows.items()))
-
-    def _write_all(
-        self, rows: list[tuple[SubjectKey, PolicyMapRow]]
-    ) -> dict[SubjectKey, Exception]:
-        failed: dict[SubjectKey, Exception] = {}
-        for key, row in rows:
-            try:
-                self.maps.write(row)
-            except (PolicyTooLarge, OSError) as error:
-                failed[key] = error
-        return failed
+        return await self._datapath.run(self.maps.write, list(rows.values()))
 
     async def delete(self, row: PolicyMapRow) -> None:
         await self._datapath.run(self.maps.erase, row.slot)
