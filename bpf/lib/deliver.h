@@ -9,32 +9,43 @@
 #include "conntrack.h"
 
 /*
- * Addresses of the frame and, if asked to, one hop less. Direct writes: tc
- * makes the head writable on entry of a program that contains any.
+ * Addresses of the frame and, if asked to, one hop less. By helper, not by
+ * direct writes: a program that contains any of those has the whole linear
+ * part made its own before it starts, and TCP's packets are all clones, so each
+ * would be copied. The helper asks only for the bytes up to those it writes,
+ * which a clone of TCP owns already (skb_clone_writable() in the kernel).
  */
 static __always_inline int rewrite_frame(struct __sk_buff *ctx, const struct packet *p,
 					 const __u8 *macs, bool hop)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct {
+		__u8 ttl, proto;
+		__be16 check;
+	} line;
+	__u32 check;
 
-	if (data + ETH_HLEN + sizeof(struct ip4_header) > end)
+	if (macs && bpf_skb_store_bytes(ctx, 0, macs, 12, 0))
 		return -DROP_WRITE;
-	if (macs)
-		memcpy(data, macs, 12);
 	if (!hop)
 		return 0;
 	if (packet_is_ip6(p)) {
-		struct ip6_header *ip = data + ETH_HLEN;
-
-		ip->hop_limit--;
-	} else {
-		struct ip4_header *ip = data + ETH_HLEN;
-		__u32 check = ip->check + bpf_htons(0x0100);
-
-		ip->check = check + (check >= 0xffff);
-		ip->ttl--;
+		line.ttl = p->ttl - 1;
+		return bpf_skb_store_bytes(ctx, ETH_HLEN + offsetof(struct ip6_header, hop_limit),
+					   &line.ttl, 1, BPF_F_RECOMPUTE_CSUM) ?
+			       -DROP_WRITE :
+			       0;
 	}
-	return 0;
+	if (bpf_skb_load_bytes(ctx, ETH_HLEN + offsetof(struct ip4_header, ttl), &line,
+			       sizeof(line)))
+		return -DROP_WRITE;
+	/* RFC 1624: the sum of the header, and so of the packet, stays as it is. */
+	check = line.check + bpf_htons(0x0100);
+	line.check = check + (check >= 0xffff);
+	line.ttl--;
+	return bpf_skb_store_bytes(ctx, ETH_HLEN + offsetof(struct ip4_header, ttl), &line,
+				   sizeof(line), 0) ?
+		       -DROP_WRITE :
+		       0;
 }
 
 /* Let the kernel answer: it drops the packet, with an ICMP error where one is due. */
