@@ -5,8 +5,13 @@ Adding, with no moment at which a packet could pass unjudged:
     validate -> reserve id and addresses -> record `creating`
       -> interface made and moved, still down -> programs attached (no open row: they drop)
         -> closed row -> addresses, routes, neighbours; up
-          -> identity -> policy in its slot -> ipcache -> announced -> open row -> record `ready`
+          -> open row -> record `ready`
 
+and beside all of that, needing none of it until the row is opened:
+
+    identity -> policy in its slot -> ipcache -> announced
+
+Both wait for the kernel's grace periods most of the time, and so they wait together.
 A step that fails undoes all that came before it. Deleting is closing first, and giving the
 addresses back last, when no connection of theirs is left:
 
@@ -18,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -71,6 +76,26 @@ class AddRequest:
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
     wait: bool = True
+
+
+async def _both(*steps: Awaitable[None]) -> None:
+    """Takes the steps at once, each to its end; then raises what the first to fail raised.
+
+    None is cancelled for the other's sake: what it does in a thread would go on behind its undoing.
+    """
+    errors: list[DomainError | OSError] = []
+
+    async def take(step: Awaitable[None]) -> None:
+        try:
+            await step
+        except (DomainError, OSError) as error:
+            errors.append(error)
+
+    async with asyncio.TaskGroup() as group:
+        for step in steps:
+            group.create_task(take(step))
+    if errors:
+        raise errors[0]
 
 
 class EndpointLives:
@@ -169,8 +194,7 @@ class EndpointLives:
         inode = await self._wiring.check_netns(request.netns)
         async with AsyncExitStack() as undo:
             endpoint = await self._prepare(request, inode, undo)
-            await self._wire(endpoint.id, undo)
-            await self._start_identity(endpoint.id, undo)
+            await _both(self._wire(endpoint.id, undo), self._start_identity(endpoint.id, undo))
             if request.wait:
                 await self._wait_open(endpoint.id)
             endpoint = self._endpoints.get(endpoint.id)
@@ -207,6 +231,7 @@ class EndpointLives:
             host_interface=f"cil{number:05d}",
             state=EndpointState.CREATING,
         )
+        undo.callback(self._regenerate.trigger)  # what was told of it is withdrawn
         self._endpoints.insert(endpoint, "Endpoint is being created")
         undo.callback(self._endpoints.remove, number)
         ipv4, ipv6 = self._ipam.allocate(
@@ -232,6 +257,13 @@ class EndpointLives:
         self._endpoints.move(
             number, EndpointState.WAITING_FOR_IDENTITY, "Interface is up, packets are dropped"
         )
+        endpoint = self._endpoints.get(number)
+        if endpoint.identity is not None:
+            # Its policy may be in force already: resolved again, it opens the endpoint.
+            subject = self._regeneration.calculation.subject_of(endpoint)
+            assert subject is not None
+            self._regeneration.force(subject)
+            self._hand_over(number)
 
     async def _start_identity(self, number: EndpointID, undo: AsyncExitStack | None) -> None:
         name = f"resolve-identity-{number}"
@@ -283,8 +315,16 @@ class EndpointLives:
         self._endpoints.update(number, identity=identity, identity_labels=wanted, message="")
         if old is not None:
             self._allocator.release(old)
+        if endpoint.state is EndpointState.CREATING:
+            self._regenerate.trigger()  # policy is made while the interface is
+        else:
+            self._hand_over(number)
+
+    def _hand_over(self, number: EndpointID) -> None:
+        """Its identity is known: what follows is regeneration's."""
+        endpoint = self._endpoints.get(number)
         if endpoint.state is EndpointState.WAITING_FOR_IDENTITY:
-            self._endpoints.move(number, EndpointState.READY, f"Identity is {identity}")
+            self._endpoints.move(number, EndpointState.READY, f"Identity is {endpoint.identity}")
         self._endpoints.move(number, EndpointState.WAITING_TO_REGENERATE, "Identity was set")
         self._regenerate.trigger()
 

@@ -378,7 +378,7 @@ class Regeneration:
 
     def _regenerating(self, number: EndpointID) -> None:
         endpoint = self._endpoints.table.get(number)
-        if endpoint is None:
+        if endpoint is None or endpoint.state is EndpointState.CREATING:
             return
         if endpoint.state is EndpointState.READY:
             self._endpoints.move(
@@ -531,9 +531,13 @@ class Regeneration:
             error = self._subject_errors.get(key, "")
             if not error and status is not None and status.state is State.ERROR:
                 error = f"endpoint row: {status.message}"
+            row = self._rows.get(endpoint.id)
             opened = (
                 endpoint.wired
                 and endpoint.realised is not None
+                # Wired since the rows were written, it has a closed one still.
+                and row is not None
+                and bool(row.flags & EP_F_OPEN)
                 and status is not None
                 and status.state is State.DONE
             )
