@@ -9,6 +9,10 @@ from cli.errors import CliError, Exit
 from cli.settings import Group, Settings, examples, pass_settings
 from protos.agent.v1 import agent_pb2
 
+OPTIONS = "Such as PolicyEnforcement=always or PolicyAudit=Enabled; without any they are shown."
+# The agent gives up after 30 s and then undoes what it did: its reason is worth the wait.
+ADD_S = 40.0
+
 
 @click.group(cls=Group)
 def endpoint() -> None:
@@ -186,7 +190,10 @@ def add(
         assert pid is not None
         request.pid = pid
     item = clients.agent(
-        settings, lambda agent: agent.endpoint.Add(request, timeout=agent.timeout_s)
+        settings,
+        lambda agent: agent.endpoint.Add(
+            request, timeout=agent.timeout_s if settings.timeout_given else ADD_S
+        ),
     )
     if settings.json:
         render.json(shapes.endpoint(item))
@@ -293,7 +300,7 @@ def config(settings: Settings, ref: str, option: tuple[str, ...]) -> None:
         for text in option:
             key, separator, value = text.partition("=")
             if not (key and separator and value):
-                raise CliError(f"{text!r} is not KEY=VALUE", code=Exit.INVALID)
+                raise CliError(f"{text!r} is not KEY=VALUE", code=Exit.INVALID, hint=OPTIONS)
             options[key] = value
         request = agent_pb2.SetConfigRequest(ref=target, options=options)
         item = clients.agent(

@@ -253,10 +253,11 @@ def delete(
     reply = clients.agent(settings, work)
     outcomes = [shapes.outcome(item) for item in reply.outcomes]
     if settings.json:
-        render.json({"revision": reply.revision, "outcomes": outcomes})
+        render.json({"revision": reply.revision, "realised": wait, "outcomes": outcomes})
         return
     _outcomes(settings, outcomes)
-    render.line(settings, f"Revision: {reply.revision}")
+    # With --wait the answer comes when this node enforces it, or is an error.
+    render.line(settings, f"Revision: {reply.revision}" + (" (enforced)" if wait else ""))
 
 
 @policy.command(
@@ -295,8 +296,8 @@ def validate(settings: Settings, file: tuple[str, ...], strict: bool, namespace:
         for fault in checked.warnings:
             render.warn(f"warning: {fault.text()}")
         if valid:
-            many = len(checked.documents)
-            render.line(settings, f"All policy elements are valid ({many} documents).")
+            many = render.count(len(checked.documents), "document")
+            render.line(settings, f"All policy elements are valid ({many}).")
         else:
             faults = checked.faults or checked.warnings
             raise documents.invalid(faults, changed_nothing=False)

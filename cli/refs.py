@@ -139,6 +139,7 @@ def identity_number(text: str) -> int:
         raise CliError(
             f"{text!r} is not an identity: it must be a number from 1 to 4294967295",
             code=Exit.INVALID,
+            hint="See `cilia identity list` for those there are, or look one up with --label.",
         )
     return int(text)
 

@@ -54,6 +54,11 @@ def console(settings: Settings) -> Console:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def styled(value: object) -> Text:
     """A cell; a word that is a state gets the state's colour."""
     text = "" if value is None else str(value)

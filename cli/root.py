@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import click
+from click.core import ParameterSource
 
 from cli.settings import (
     LazyGroup,
@@ -49,15 +50,14 @@ Exit codes: 0 ok, 1 failed or not healthy, 2 usage, 3 service unreachable, 4 inv
     "--agent-socket",
     envvar="CILIA_AGENT_SOCK",
     default=default_agent_socket,
-    show_default="/run/cilia/agent.sock",
-    help="The agent's unix socket (or CILIA_AGENT_SOCK).",
+    help="The agent's unix socket (or CILIA_AGENT_SOCK).  [default: /run/cilia/agent.sock]",
 )
 @click.option(
     "--identity-socket",
     envvar="CILIA_IDENTITY_SOCK",
     default=default_identity_socket,
-    show_default="/run/cilia/identity.sock",
-    help="The identity service's unix socket (or CILIA_IDENTITY_SOCK).",
+    help="The identity service's unix socket (or CILIA_IDENTITY_SOCK).  "
+    "[default: /run/cilia/identity.sock]",
 )
 @click.option(
     "-o",
@@ -91,4 +91,5 @@ def cli(
         output=output,
         color=not no_color and sys.stdout.isatty(),
         timeout_s=timeout,
+        timeout_given=ctx.get_parameter_source("timeout") is not ParameterSource.DEFAULT,
     )

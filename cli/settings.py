@@ -25,6 +25,7 @@ class Settings:
     output: str = "table"
     color: bool = True
     timeout_s: float = 30.0
+    timeout_given: bool = False
 
     @property
     def json(self) -> bool:

@@ -88,7 +88,7 @@ def _show(settings: Settings, reply: agent_pb2.StatusResponse, all_controllers: 
         ("Endpoints", states or "none"),
         (
             "Policy",
-            f"{reply.policies} documents, revision {reply.realised_revision} of "
+            f"{render.count(reply.policies, 'document')}, revision {reply.realised_revision} of "
             f"{reply.policy_revision} realised ({current}), enforcement {reply.enforcement_mode}",
         ),
         ("Identities", reply.identities),

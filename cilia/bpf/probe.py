@@ -273,6 +273,16 @@ def _capability(name: str) -> str:
     raise BpfError(errno.EPERM, "use", name)
 
 
+def _locked_memory() -> str:
+    try:
+        return _capability("CAP_SYS_RESOURCE")
+    except BpfError:
+        # Of the same release as the accounting of maps by cgroup, which needs no such limit.
+        if has_helper("bpf_ktime_get_coarse_ns"):
+            return "not needed: maps do not count as locked memory on this kernel"
+        raise
+
+
 def _kernel() -> str:
     # Any kernel that runs a program of ours; the version is for reading only.
     load_program(_OUT).close()
@@ -438,12 +448,14 @@ _PROBES: Final = (
             ("CAP_BPF", True, "maps and programs cannot be made"),
             ("CAP_PERFMON", True, "programs that compare packet pointers are refused"),
             ("CAP_SYS_ADMIN", True, "bpffs cannot be mounted nor namespaces entered"),
-            (
-                "CAP_SYS_RESOURCE",
-                False,
-                "before Linux 5.11 the limit on locked memory cannot be raised for large maps",
-            ),
         )
+    ),
+    _Probe(
+        "CAP_SYS_RESOURCE",
+        False,
+        _locked_memory,
+        "before Linux 5.11 the limit on locked memory cannot be raised for large maps",
+        _PRIVILEGE,
     ),
 )
 

@@ -78,6 +78,7 @@ MAX_ELEMENTS: Final = 10_000  # in one list of one rule
 MAX_PEERS: Final = 100_000  # a CIDRSet may be long
 MAX_PORTS: Final = 40  # Cilium's bound of one `ports` list
 MAX_DOCUMENTS: Final = 20_000
+MAX_DOCUMENT_BYTES: Final = 512 * 1024  # the store's bound of one document, as JSON
 
 _LABEL_VALUE: Final = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?\Z")
 _LABEL_NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
@@ -1212,6 +1213,17 @@ def parse_documents(
         return ParseResult(faults=(fault,))
     for node in nodes:
         reader.add(node)
+    for document in reader.documents:
+        if len(document.body) > MAX_DOCUMENT_BYTES:
+            reader.faults.append(
+                Fault(
+                    document.ref,
+                    "",
+                    f"the document is {len(document.body)} bytes long as stored, "
+                    f"{MAX_DOCUMENT_BYTES} are allowed: spread its rules over several documents",
+                    document.origin,
+                )
+            )
     if not nodes:
         reader.faults.append(Fault("document", "", "there is no document", Origin(source)))
     warnings = tuple(reader.warnings)

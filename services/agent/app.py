@@ -391,6 +391,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     )
 
     lifecycle.add("kernel", _Step(_refuse_old_kernel))
+    lifecycle.add("pools", _Step(host.refuse_overlap))
     lifecycle.add("datapath", datapath)
     lifecycle.add("host", host)
     lifecycle.add("restore", _Step(take_over))

@@ -34,7 +34,7 @@ from cilia.bpf.constants import RT_F_ALLOW_FRAG_NEEDED, RT_F_MASQUERADE4, RT_F_M
 from cilia.bpf.layout import CILIA, RUNTIME, to_addr
 from cilia.errors import DomainError, Kind
 from cilia.net.device import Network
-from cilia.net.mount import mount_bpffs
+from cilia.net.mount import mount_bpffs, umount_bpffs
 from cilia.telemetry import fields
 from services.agent.config import AGGREGATION_LEVEL, ROUTER_LINK_LOCAL, AgentConfig
 
@@ -151,6 +151,14 @@ class Datapath:
 
     def _load(self) -> None:
         self.mounted_bpffs = mount_bpffs(self._config.bpffs_root)
+        try:
+            self._load_objects()
+        except BaseException:
+            if self.mounted_bpffs:  # so nothing of an earlier run is in it
+                umount_bpffs(self._config.bpffs_root)
+            raise
+
+    def _load_objects(self) -> None:
         for directory in (self.maps_dir, self.links_dir, self.programs_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         objects: list[Object] = []

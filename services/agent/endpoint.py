@@ -191,8 +191,8 @@ class EndpointOptions:
                     result = replace(result, enforcement=_MODES[word])
                 else:
                     raise EndpointInvalid(
-                        f"PolicyEnforcement={value}: give default, always, never, "
-                        "or node for the node's own mode"
+                        f"PolicyEnforcement={value} is not a mode",
+                        cure="Give default, always, never, or node for the node's own mode",
                     )
             elif key == "PolicyAudit":
                 if word in _ON | _OFF:
@@ -200,10 +200,13 @@ class EndpointOptions:
                 elif word in ("", "node"):
                     result = replace(result, audit=None)
                 else:
-                    raise EndpointInvalid(f"PolicyAudit={value}: give Enabled, Disabled or node")
+                    raise EndpointInvalid(
+                        f"PolicyAudit={value} is neither on nor off",
+                        cure="Give Enabled, Disabled, or node for what the node does",
+                    )
             else:
                 raise EndpointInvalid(
-                    f"unknown option {key}; there are PolicyEnforcement and PolicyAudit"
+                    f"unknown option {key}", cure="There are PolicyEnforcement and PolicyAudit"
                 )
         return result
 

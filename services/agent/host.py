@@ -12,6 +12,7 @@ net.ipv6.conf.all.forwarding is on, as ip6_forward() asks that switch first.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import (
@@ -24,7 +25,7 @@ from ipaddress import (
 from typing import Final
 
 from cilia.net import sysctl
-from cilia.net.device import DeviceAddress, HostDevice, Link, Route
+from cilia.net.device import DeviceAddress, HostDevice, Link, Network, Route
 from cilia.net.watch import NetworkEvent, watch_network
 from cilia.table import ReadTable, Table
 from services.agent.config import AgentConfig
@@ -76,9 +77,12 @@ class HostNetwork:
     def devices(self) -> ReadTable[int, DeviceRow]:
         return self._devices.reader()
 
+    async def refuse_overlap(self) -> None:
+        """Before anything is made of this node. Raises PoolOverlap, NetworkError."""
+        await asyncio.to_thread(self._refuse_overlap)
+
     async def start(self) -> None:
-        """Raises PoolOverlap, NetworkError."""
-        await self._datapath.run(self._refuse_overlap)
+        """Raises NetworkError."""
         view = await self._datapath.run(self._look)
         self._take(view)
         await self._datapath.run(self._ensure_host_pair)
@@ -88,17 +92,17 @@ class HostNetwork:
         """Everything stays: endpoints go on without us."""
 
     def _refuse_overlap(self) -> None:
-        host = self._datapath.host_network()
-        for pool in self._ipam.pools:
-            for route in host.overlapping_routes(
-                pool.network, ignore_devices=(HOST_DEVICE, _HOST_PEER)
-            ):
-                link = host.find_link(route.index) if route.index else None
-                if link is not None and link.name.startswith(_OWN_PREFIXES):
-                    continue
-                via = f" via {route.gateway}" if route.gateway else ""
-                device = f" dev {link.name}" if link else ""
-                raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
+        with Network() as host:
+            for pool in self._ipam.pools:
+                for route in host.overlapping_routes(
+                    pool.network, ignore_devices=(HOST_DEVICE, _HOST_PEER)
+                ):
+                    link = host.find_link(route.index) if route.index else None
+                    if link is not None and link.name.startswith(_OWN_PREFIXES):
+                        continue
+                    via = f" via {route.gateway}" if route.gateway else ""
+                    device = f" dev {link.name}" if link else ""
+                    raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
 
     def _ensure_host_pair(self) -> None:
         host = self._datapath.host_network()

@@ -31,11 +31,20 @@ class Logging:
     format: str
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show: none of None, and none of nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="agent",
         description="The node's datapath service.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = p.add_argument
     add("--node-name", default=socket.gethostname(), help="this node in the cluster")
@@ -44,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
     add("--state-dir", type=Path, default=_DEFAULT.state_dir, help="records that survive")
     add("--bpffs", type=Path, help="root of the bpffs (default: RUN_DIR/bpf)")
     add("--object-dir", type=Path, default=_DEFAULT.object_dir, help="compiled eBPF objects")
-    add("--identity-socket", type=Path, help="(default: RUN_DIR/identity.sock)")
+    add(
+        "--identity-socket",
+        type=Path,
+        help="of the identity service (default: RUN_DIR/identity.sock)",
+    )
     add("--group", default=_DEFAULT.socket_group, help="owns the socket, if it exists")
     add("--metrics-address", default="", help="/a/path or host:port; empty: not served")
     add("--ipv4-pool", default=str(_DEFAULT.pool4), help="endpoints' IPv4 addresses")
@@ -87,18 +100,64 @@ def parser() -> argparse.ArgumentParser:
     add("--bpf-nat-max", type=int, default=_SIZES.nat, help="masqueraded connections")
     add("--bpf-ipcache-max", type=int, default=_SIZES.ipcache, help="known prefixes")
     add("--bpf-events-bytes", type=int, default=_SIZES.events_bytes, help="event ring")
-    add("--ct-tcp", type=int, default=ConntrackLifetimes().tcp_s, metavar="S")
-    add("--ct-any", type=int, default=ConntrackLifetimes().any_s, metavar="S")
-    add("--labels", default="", help="label filter, e.g. 'k8s:app !tmp'")
-    add("--lease-ttl", type=int, default=_DEFAULT.lease_ttl_s, metavar="S")
-    add("--endpoint-add-timeout", type=float, default=_DEFAULT.endpoint_add_timeout_s, metavar="S")
-    add("--identity-timeout", type=float, default=_DEFAULT.identity_timeout_s, metavar="S")
-    add("--cidr-release-delay", type=float, default=_DEFAULT.cidr_release_delay_s, metavar="S")
     add(
-        "--conntrack-gc-interval", type=float, default=_DEFAULT.conntrack_gc_interval_s, metavar="S"
+        "--ct-tcp",
+        type=int,
+        default=ConntrackLifetimes().tcp_s,
+        metavar="S",
+        help="an idle TCP connection is forgotten after this long",
     )
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    add("--log-format", choices=["auto", "json", "console"], default="auto")
+    add(
+        "--ct-any",
+        type=int,
+        default=ConntrackLifetimes().any_s,
+        metavar="S",
+        help="the same of any other protocol",
+    )
+    add("--labels", default="", help="label filter, e.g. 'k8s:app !tmp'")
+    add(
+        "--lease-ttl",
+        type=int,
+        default=_DEFAULT.lease_ttl_s,
+        metavar="S",
+        help="other nodes know our endpoints this long after we are gone",
+    )
+    add(
+        "--endpoint-add-timeout",
+        type=float,
+        default=_DEFAULT.endpoint_add_timeout_s,
+        metavar="S",
+        help="until policy is in force, before an endpoint is taken back",
+    )
+    add(
+        "--identity-timeout",
+        type=float,
+        default=_DEFAULT.identity_timeout_s,
+        metavar="S",
+        help="of one call to the identity service",
+    )
+    add(
+        "--cidr-release-delay",
+        type=float,
+        default=_DEFAULT.cidr_release_delay_s,
+        metavar="S",
+        help="a prefix that no rule names keeps its number this long",
+    )
+    add(
+        "--conntrack-gc-interval",
+        type=float,
+        default=_DEFAULT.conntrack_gc_interval_s,
+        metavar="S",
+        help="between removals of connections that are over",
+    )
+    levels = ["debug", "info", "warning", "error"]
+    add("--log-level", choices=levels, default="info", help="the least that is logged")
+    add(
+        "--log-format",
+        choices=["auto", "json", "console"],
+        default="auto",
+        help="auto: for people on a terminal, else JSON",
+    )
     return p
 
 

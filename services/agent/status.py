@@ -132,8 +132,9 @@ class Status:
         if failing:
             return Component("policy", "Failure", "; ".join(failing.values()))
         count = len(self._view.policies)
+        what = "document" if count == 1 else "documents"
         source = "live" if self._view.live else "as last saved"
-        return Component("policy", "Ok", f"{count} documents in force, {source}")
+        return Component("policy", "Ok", f"{count} {what} in force, {source}")
 
     def _programs(self) -> Component:
         if self._datapath.load_error:

@@ -250,7 +250,11 @@ def _policy(value: pb.Policy, index: int) -> Policy:
     path = f"policies[{index}]"
     name = _policy_name(value.kind, value.namespace, value.name, path)
     if len(value.document) > MAX_DOCUMENT_BYTES:
-        raise refuse(f"{path}.document", f"more than {MAX_DOCUMENT_BYTES} bytes")
+        raise refuse(
+            f"{path}.document",
+            f"{value.kind} {value.name} is {len(value.document)} bytes long, "
+            f"{MAX_DOCUMENT_BYTES} are allowed: spread its rules over several documents",
+        )
     if len(value.rule_origins) > MAX_RULE_ORIGINS:
         raise refuse(f"{path}.rule_origins", f"more than {MAX_RULE_ORIGINS}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -156,7 +157,7 @@ def test_unknown_endpoint_option_and_label(node: AgentNode) -> None:
         )
     )
     assert code is INVALID
-    assert "PolicyEnforcement" in message
+    assert "unknown option Debug" in message
     code, message = refused(
         lambda: node.endpoints.SetLabels(
             pb.SetLabelsRequest(ref=first, remove=labels_to_proto(Labels.parse(["none=x"]))),
@@ -257,10 +258,10 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
         assert "the policy is stored, but cannot be enforced" in message
         from protos.identity.v1 import identity_pb2
 
-        name = identity_pb2.PolicyName(
+        ports = identity_pb2.PolicyName(
             kind="CiliumNetworkPolicy", namespace="default", name="ports"
         )
-        node.policy.Delete(pb.DeleteRequest(names=[name], wait=True), timeout=20)
+        node.policy.Delete(pb.DeleteRequest(names=[ports], wait=True), timeout=20)
         # What makes it smaller is taken.
         assert node.apply(EVERYBODY.replace("Exists", "In, values: [grow1]")).realised
         status = node.status()
@@ -333,6 +334,7 @@ def test_pool_that_overlaps_a_route_is_refused_at_start() -> None:
         log = node.log("agent")
         assert "overlaps route 10.217.8.0/24 via 192.168.77.1 dev up0" in log
         assert "--ipv4-pool" in log
+        assert str(node.run_dir) not in mounts()
 
 
 def test_missing_objects_are_named_with_the_cure() -> None:
@@ -340,6 +342,11 @@ def test_missing_objects_are_named_with_the_cure() -> None:
         agent = node.start("agent", "--object-dir", "/nonexistent", wait=False)
         assert agent.wait(timeout=15) == 1
         assert "make bpf" in node.log("agent")
+        assert str(node.run_dir) not in mounts()
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
 
 
 @pytest.mark.parametrize(

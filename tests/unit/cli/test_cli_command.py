@@ -269,3 +269,44 @@ def test_every_verb_is_documented() -> None:
         assert any(all(re.search(rf"\b{word}\b", cell) for word in path) for cell in first_cells), (
             f"docs/cli.md does not list `cilia {' '.join(path)}`"
         )
+
+
+def test_defaults_are_shown_once_and_plainly() -> None:
+    said = " ".join(run("--help").output.split())
+    assert "[default: /run/cilia/agent.sock]" in said
+    assert "[default: /run/cilia/identity.sock]" in said
+    assert "(/run" not in said
+
+
+def test_one_document_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(POLICY)
+    assert "(1 document)" in run("policy", "validate", str(tmp_path)).output
+    (tmp_path / "b.yaml").write_text(POLICY.replace("rule1", "rule2"))
+    assert "(2 documents)" in run("policy", "validate", str(tmp_path)).output
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (("identity", "get", "foo"), "cilia identity list"),
+        (("endpoint", "config", "web", "PolicyAudit"), "PolicyAudit=Enabled"),
+    ],
+)
+def test_wrong_words_are_answered_with_right_ones(args: tuple[str, ...], hint: str) -> None:
+    result = run(*args)
+    assert result.exit_code == Exit.INVALID
+    assert hint in result.output.splitlines()[-1]
+
+
+def test_a_document_too_long_to_store_is_named_with_its_size_and_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    peers = ", ".join(f"{{matchLabels: {{app: front-{n:05}}}}}" for n in range(9_900))
+    wide = POLICY.replace("{matchLabels: {app: front}}", peers)
+    path.write_text(wide.replace("front-", "a-rather-long-name-of-a-front-end-"))
+    result = run("policy", "validate", str(path))
+    assert result.exit_code == Exit.INVALID
+    assert re.search(
+        rf"{path}:1:1: the document is \d{{6}} bytes long as stored, 524288 are allowed: "
+        "spread its rules over several documents",
+        result.output,
+    )
