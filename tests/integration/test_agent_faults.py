@@ -226,7 +226,7 @@ metadata: {name: everybody}
 spec:
   endpointSelector: {matchLabels: {app: first}}
   ingress:
-  - fromEndpoints: [{matchExpressions: [{key: app, operator: Exists}]}]
+  - fromEndpoints: [{matchExpressions: [{key: crowd, operator: Exists}]}]
 """
 
 
@@ -234,11 +234,11 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
     node: AgentNode,
 ) -> None:
     node.apply(EVERYBODY)
-    names = ["grow1", "grow2"]
+    names = ["grow1", "grow2", "grow3"]
     try:
         before = rows(node)
         for name in names:
-            node.workload(name, f"app={name}")
+            node.workload(name, f"crowd={name}")
         eventually(
             lambda: node.get("first").state == "not-ready", within_s=5, what="it is outgrown"
         )
