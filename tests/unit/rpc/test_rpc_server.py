@@ -8,6 +8,7 @@ import asyncio
 import os
 import socket
 import stat
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -67,6 +68,15 @@ class Monitor(agent_pb2_grpc.MonitorServiceServicer):
     ) -> None:
         await context.write(agent_pb2.EventBatch())
         raise ZeroDivisionError
+
+
+class Endless(agent_pb2_grpc.MonitorServiceServicer):
+    """A stream that only its reader ends."""
+
+    async def Monitor(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        while True:
+            yield agent_pb2.MonitorEvent()
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -160,6 +170,59 @@ async def test_streams_map_errors_too(path: Path) -> None:
         assert isinstance(await call.read(), agent_pb2.EventBatch)
         with pytest.raises(RpcError, match="internal error"):
             await call.read()
+
+
+SERVE_ENDLESSLY = """
+import asyncio, sys
+from pathlib import Path
+from cilia.rpc.server import Server
+from protos.agent.v1 import agent_pb2_grpc
+from test_rpc_server import Endless, _endpoints
+
+async def main():
+    server = Server(
+        socket=Path(sys.argv[1]),
+        services=[
+            lambda s: agent_pb2_grpc.add_EndpointServiceServicer_to_server(_endpoints(), s),
+            lambda s: agent_pb2_grpc.add_MonitorServiceServicer_to_server(Endless(), s),
+        ],
+        grace_s=0.1,
+    )
+    await server.start()
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_readers_that_go_away_again_and_again_do_no_harm(path: Path) -> None:
+    """In a process of its own: what it guards against killed the server, not the call."""
+    here = Path(__file__).parent
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SERVE_ENDLESSLY, str(path)),
+        cwd=here.parents[2],
+        env={**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here}"},
+        stdout=asyncio.subprocess.DEVNULL,  # a pipe that nobody reads would stop it
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(30):
+            async with Channel(path, service="agent") as channel:
+                await get(channel, "x", wait_for_ready=True)
+                stub = agent_pb2_grpc.MonitorServiceStub(channel)  # type: ignore[arg-type]
+                for turn in range(200):
+                    call = stub.Monitor(agent_pb2.MonitorRequest())
+                    for _ in range(turn % 3):
+                        await call.read()
+                    call.cancel()
+                    if turn % 20 == 0:
+                        assert (await get(channel, "x")).id == 7
+                assert (await get(channel, "x")).id == 7
+        assert server.returncode is None
+    finally:
+        if server.returncode is None:
+            server.kill()
+        await server.wait()
 
 
 async def test_the_servers_own_limit_ends_a_call_without_deadline(path: Path) -> None:
