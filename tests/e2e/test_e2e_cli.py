@@ -202,6 +202,7 @@ def test_policy_is_enforced_explained_and_taken_back(lab: Lab, tmp_path: Path) -
     finally:
         deleted = lab.cilia.json("policy", "delete", "-f", str(path), "--wait")
     assert deleted["outcomes"][0]["change"] == "deleted"
+    assert deleted["realised"] is True
     assert lab.http("other", "http://server/")["exit"] == 0
 
 

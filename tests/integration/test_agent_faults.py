@@ -234,6 +234,7 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
     node: AgentNode,
 ) -> None:
     node.apply(EVERYBODY)
+    node.apply(PORT_80)
     names = ["grow1", "grow2", "grow3"]
     try:
         before = rows(node)
@@ -242,13 +243,15 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
         eventually(
             lambda: node.get("first").state == "not-ready", within_s=5, what="it is outgrown"
         )
-        assert "needs 5 map entries, 4 are allowed" in node.get("first").message
+        assert "needs 6 map entries, 4 are allowed" in node.get("first").message
         assert set(rows(node)) >= set(before)
         status = node.status()
         assert node.component("policy").state == "Failure"
         assert status.realised_revision < status.policy_revision
         # Others' documents can be applied and deleted; one about it is told the truth.
-        elsewhere = PORT_80.replace("app: first", "app: elsewhere")
+        elsewhere = PORT_80.replace("name: ports", "name: others").replace(
+            "app: first", "app: elsewhere"
+        )
         assert node.apply(elsewhere).realised
         assert node.status().realised_revision < node.status().policy_revision
         code, message = refused(
@@ -256,12 +259,11 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
         )
         assert code is EXHAUSTED
         assert "the policy is stored, but cannot be enforced" in message
-        from protos.identity.v1 import identity_pb2
-
-        ports = identity_pb2.PolicyName(
-            kind="CiliumNetworkPolicy", namespace="default", name="ports"
-        )
-        node.policy.Delete(pb.DeleteRequest(names=[ports], wait=True), timeout=20)
+        delete_one(node, "others")
+        code, message = refused(lambda: delete_one(node, "ports"))
+        assert code is EXHAUSTED
+        assert "the policy is deleted, but what is left cannot be enforced" in message
+        assert "needs 5 map entries" in message
         # What makes it smaller is taken.
         assert node.apply(EVERYBODY.replace("Exists", "In, values: [grow1]")).realised
         status = node.status()
@@ -273,6 +275,13 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
             run("ip", "netns", "del", f"{node.base}-{name}")
             node.namespaces.remove(f"{node.base}-{name}")
     assert node.get("first").state == "ready"
+
+
+def delete_one(node: AgentNode, name: str) -> None:
+    from protos.identity.v1 import identity_pb2
+
+    wanted = identity_pb2.PolicyName(kind="CiliumNetworkPolicy", namespace="default", name=name)
+    node.policy.Delete(pb.DeleteRequest(names=[wanted], wait=True), timeout=20)
 
 
 def rows(node: AgentNode) -> list[tuple[int, int, str]]:
