@@ -265,35 +265,43 @@ static __always_inline int parse_ip6(struct __sk_buff *ctx, struct packet *p)
 }
 
 /*
+ * Are the first bytes in the linear part, or can they be pulled there? Ask for
+ * no more than is read directly: what TCP sends has its headers there and its
+ * payload in pages, and is a clone, so that pulling one byte too many would
+ * copy the head of every packet.
+ */
+static __always_inline bool in_reach(struct __sk_buff *ctx, __u32 bytes)
+{
+	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+
+	return likely(data + bytes <= end) ||
+	       (ctx->len >= bytes && !bpf_skb_pull_data(ctx, bytes));
+}
+
+/*
  * Fill p. A negative return is a drop reason; p->l3_be is set in any case.
  * ARP is only recognised, not parsed.
  */
 static __always_inline int parse(struct __sk_buff *ctx, struct packet *p)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	struct eth_header *eth = data;
-	__u32 want = ETH_HLEN + IP6_HLEN + TCP_HLEN;
+	struct eth_header *eth;
 	int ret;
 
 	if (unlikely(ctx->vlan_present))
 		return -DROP_VLAN;
-	/* Headers beyond the linear part: rare, drivers and sockets keep them there. */
-	if (unlikely(data + want > end && ctx->data_end - ctx->data < ctx->len)) {
-		if (bpf_skb_pull_data(ctx, ctx->len < want ? ctx->len : want))
-			return -DROP_INVALID;
-		data = (void *)(long)ctx->data;
-		end = (void *)(long)ctx->data_end;
-		eth = data;
-	}
-	if ((void *)(eth + 1) > end)
+	if (!in_reach(ctx, ETH_HLEN))
+		return -DROP_INVALID;
+	eth = (void *)(long)ctx->data;
+	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
 		return -DROP_INVALID;
 	p->l3_be = eth->type_be;
 	switch (p->l3_be) {
 	case bpf_htons(ETH_P_IP):
-		ret = parse_ip4(ctx, p);
+		ret = in_reach(ctx, ETH_HLEN + sizeof(struct ip4_header)) ? parse_ip4(ctx, p) :
+									    -DROP_INVALID;
 		break;
 	case bpf_htons(ETH_P_IPV6):
-		ret = parse_ip6(ctx, p);
+		ret = in_reach(ctx, ETH_HLEN + IP6_HLEN) ? parse_ip6(ctx, p) : -DROP_INVALID;
 		break;
 	case bpf_htons(ETH_P_ARP):
 		return 0;
