@@ -58,6 +58,8 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 			if (ret)
 				return ret;
 		}
+		if (endpoint_by_addr(&p->saddr))
+			return -DROP_SOURCE_IP;
 	} else {
 		/* Nor may it be an endpoint to the node, whose answer would go there as the node's. */
 		if (endpoint_by_addr(&p->saddr))
@@ -73,8 +75,8 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 		end_set(&f->dst, dst);
 	}
 
-	/* Addresses that exist only on this side of the device. */
-	if (endpoint_by_addr(&p->saddr) || identity_of_destination(&p->saddr) == ID_HOST)
+	/* The node's addresses, as endpoints' above, exist only on this side of the device. */
+	if (identity_of_destination(&p->saddr) == ID_HOST)
 		return -DROP_SOURCE_IP;
 	trace_from(ctx, f, TRACE_FROM_NETWORK, DIR_INGRESS);
 	ret = ct_track(ctx, w);
