@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, assert_never
 
 from cilia.bpf import libbpf, sys, uapi
+from cilia.bpf.descriptor import Descriptor
 from cilia.bpf.errors import ENOTSUPP, BpfError
 from cilia.bpf.map import pin_fd
 from cilia.bpf.program import Program
@@ -60,7 +61,7 @@ class Attachment:
     ours: bool = False
 
 
-class Link:
+class Link(Descriptor):
     """A program in its place. A link without a pin goes with its last descriptor."""
 
     def __init__(
@@ -94,16 +95,6 @@ class Link:
 
     def __repr__(self) -> str:
         return f"<Link {self.kind} {self.pin or ''} ifindex {self.ifindex} {self.direction or ''}>"
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the descriptor back. A pinned link and a filter stay."""
-        fd = getattr(self, "fd", -1)
-        if fd >= 0:
-            self.fd = -1
-            os.close(fd)
 
     @property
     def id(self) -> int:

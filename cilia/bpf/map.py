@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cilia.bpf import libbpf, uapi
+from cilia.bpf.descriptor import Descriptor
 from cilia.bpf.errors import ENOTSUPP, BpfError
 from cilia.bpf.uapi import MapType
 
@@ -56,7 +57,7 @@ class MapDefinition:
             return str(self.type)
 
 
-class Map:
+class Map(Descriptor):
     """One map of the kernel."""
 
     __slots__ = (
@@ -70,7 +71,6 @@ class Map:
         "btf_key_type_id",
         "btf_value_type_id",
         "definition",
-        "fd",
         "id",
         "name",
     )
@@ -151,16 +151,6 @@ class Map:
 
     def __repr__(self) -> str:
         return f"<Map {self.name} id {self.id} {self.definition.type_name()}>"
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the descriptor back; the map lives on while anything else holds it."""
-        fd = getattr(self, "fd", -1)
-        if fd >= 0:
-            self.fd = -1
-            os.close(fd)
 
     @property
     def type(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cilia.bpf import libbpf
+from cilia.bpf.descriptor import Descriptor
 from cilia.bpf.errors import BpfError
 from cilia.bpf.map import pin_fd
 
@@ -124,10 +125,10 @@ def _on_cpu(cpu: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class Program:
+class Program(Descriptor):
     """One loaded program; owns its file descriptor."""
 
-    __slots__ = ("expected_attach_type", "fd", "id", "name", "tag", "type")
+    __slots__ = ("expected_attach_type", "id", "name", "tag", "type")
 
     def __init__(self, fd: int, name: str | None = None, expected_attach_type: int = 0) -> None:
         """Take over `fd`. `name` replaces the kernel's, which is cut at 15 bytes."""
@@ -164,16 +165,6 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {self.name} id {self.id}>"
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the descriptor back; pins and links keep the program."""
-        fd = getattr(self, "fd", -1)
-        if fd >= 0:
-            self.fd = -1
-            os.close(fd)
 
     def pin(self, path: Path | str) -> None:
         """Pin at `path`, in one step in place of what is pinned there."""
