@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * The program on the ingress of each of the node's devices. It takes what is
- * for an endpoint, directly or as the answer to a masqueraded packet, and
- * delivers it in one pass. What claims to be from an endpoint of this node is
- * dropped, whomever it is for. All else is the node's, and passes untouched.
+ * The programs on each of the node's devices. from_netdev, on ingress, takes
+ * what is for an endpoint, directly or as the answer to a masqueraded packet,
+ * and delivers it in one pass. What claims to be from an endpoint of this node
+ * is dropped, whomever it is for. All else is the node's, and passes untouched.
+ * to_netdev, on egress, sees the last of whatever leaves.
  */
 #include "lib/begin.h"
 #include "lib/deliver.h"
@@ -97,6 +98,13 @@ int from_netdev(struct __sk_buff *ctx)
 		return TC_ACT_OK;
 	ret = handle_from_netdev(ctx, w);
 	return ret >= 0 ? ret : drop(ctx, -ret);
+}
+
+SEC("tc")
+int to_netdev(struct __sk_buff *ctx)
+{
+	(void)ctx; /* nothing to say about it yet */
+	return TC_ACT_OK;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -116,16 +116,18 @@ def _filters(host: Network, links: Path) -> Iterator[tuple[Trace, Callable[[], o
         if _ENDPOINT_LINK.match(link.name):
             continue  # goes whole
         for direction in _DIRECTIONS:
-            pin = links / f"netdev_{link.index}"
+            pin = links / f"netdev_{link.index}{'_egress' if direction == 'egress' else ''}"
             mark = pin.with_name(f"{pin.name}_clsact")
             ours = any(
                 found.ours and found.direction == direction for found in list_attached(link.index)
             )
-            if direction == "ingress" and (pin.exists() or mark.exists() or ours):
+            if pin.exists() or mark.exists() or ours:
                 name = f"{link.name} {direction}"
                 yield (
                     Trace("filter", name),
-                    lambda index=link.index, pin=pin: detach_tc(index, "ingress", pin),  # type: ignore[misc]  # bound now, not when called
+                    lambda index=link.index, direction=direction, pin=pin: detach_tc(  # type: ignore[misc]  # bound now, not when called
+                        index, direction, pin
+                    ),
                 )
 
 

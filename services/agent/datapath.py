@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 PROGRAMS: Final = {
     "bpf_lxc.o": ("from_endpoint", "to_endpoint"),
-    "bpf_host.o": ("from_netdev",),
+    "bpf_host.o": ("from_netdev", "to_netdev"),
 }
 MAPS: Final = (
     "cilia_lxc",

@@ -157,16 +157,7 @@ class HostNetwork:
         self._devices.mark_synced()
         addresses = [row.ipv4 for row in self._devices if row.ipv4 is not None]
         self.node_ip = str(addresses[0]) if addresses else ""
-        hooks = {
-            f"netdev_{device.index}": AttachRow(
-                hook=f"netdev_{device.index}",
-                interface=device.name,
-                ifindex=device.index,
-                direction="ingress",
-                program="from_netdev",
-            )
-            for device in chosen
-        }
+        hooks = {row.hook: row for device in chosen for row in _hooks(device)}
         for row in self._attachments:
             if row.hook.startswith("netdev_") and row.hook not in hooks:
                 self._attachments.delete(row.hook)
@@ -196,6 +187,25 @@ class HostNetwork:
                 return True
             case DeviceAddress() | Route():
                 return event.what.index not in self._own
+
+
+def _hooks(device: HostDevice) -> tuple[AttachRow, AttachRow]:
+    return (
+        AttachRow(
+            hook=f"netdev_{device.index}",
+            interface=device.name,
+            ifindex=device.index,
+            direction="ingress",
+            program="from_netdev",
+        ),
+        AttachRow(
+            hook=f"netdev_{device.index}_egress",
+            interface=device.name,
+            ifindex=device.index,
+            direction="egress",
+            program="to_netdev",
+        ),
+    )
 
 
 def _device_row(device: HostDevice) -> DeviceRow:

@@ -240,6 +240,7 @@ class Node:
             "from_endpoint": lxc.program("from_endpoint"),
             "to_endpoint": lxc.program("to_endpoint"),
             "from_netdev": host.program("from_netdev"),
+            "to_netdev": host.program("to_netdev"),
         }
         self.lxc = lxc
         self.ring = RingReader(lxc.map("cilia_events"), layout.EVENT, lost=lxc.map("cilia_lost"))

@@ -22,7 +22,7 @@ from tests.datapath.harness import (
 )
 from tests.datapath.packets import tcp, udp
 
-PROGRAMS = {"bpf_lxc": ("from_endpoint", "to_endpoint"), "bpf_host": ("from_netdev",)}
+PROGRAMS = {"bpf_lxc": ("from_endpoint", "to_endpoint"), "bpf_host": ("from_netdev", "to_netdev")}
 ROUTERS = [
     {},
     {"ROUTER_IP4": layout.to_addr(ROUTER4)},

@@ -156,6 +156,7 @@ class Live(Node):
             ("cilb", "ingress", "from_endpoint"),
             ("cilb", "egress", "to_endpoint"),
             ("up0", "ingress", "from_netdev"),
+            ("up0", "egress", "to_netdev"),
         ):
             ifindex = self.ifindex(name)
             pin = self.pins / f"{name}_{direction}"

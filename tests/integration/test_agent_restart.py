@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -14,6 +15,7 @@ import grpc
 import pytest
 
 from cilia import cleanup
+from cilia.bpf import list_attached
 from cilia.net.netns import NetNS, in_netns
 from protos.agent.v1 import agent_pb2 as pb
 from tests.integration.agentnode import AgentNode, Stream, eventually, refused
@@ -297,9 +299,20 @@ def test_revocation_cuts_a_stream_with_packets_under_way_both_ways(node: AgentNo
         traffic.stalls()
 
 
+def attached(node: AgentNode, device: str) -> set[tuple[str, str, str]]:
+    """Direction, kind and name of the programs on a device of the node."""
+    with NetNS.open(node.path("node")) as netns:
+        found = in_netns(netns, lambda: list_attached(socket.if_nametoindex(device)))
+    return {(a.direction, a.kind, a.prog_name) for a in found}
+
+
 def test_cleanup_leaves_no_trace(node: AgentNode) -> None:
     start_all(node)
     node.workload("a", "app=a")
+    assert attached(node, "up0") == {
+        ("ingress", "tcx", "from_netdev"),
+        ("egress", "tcx", "to_netdev"),
+    }
 
     def inside() -> list[cleanup.Trace]:
         return cleanup.cleanup(node.run_dir, node.state_dir)
@@ -312,6 +325,7 @@ def test_cleanup_leaves_no_trace(node: AgentNode) -> None:
         assert met
         assert [str(trace) for trace in met if trace.error] == []
         assert in_netns(netns, lambda: cleanup.find(node.run_dir, node.state_dir)) == []
+    assert not attached(node, "up0")
     links = subprocess.run(
         ["ip", "-n", f"{node.base}-node", "-br", "link"], capture_output=True, text=True
     ).stdout
@@ -328,6 +342,10 @@ def test_filters_instead_of_links_and_the_change_from_one_to_the_other(node: Age
     node.workload("stranger", "app=stranger")
     node.apply(ALLOW_FRIEND)
     assert node.status().attach_mode == "clsact"
+    assert attached(node, "up0") == {
+        ("ingress", "clsact", "cilia-from_netdev"),
+        ("egress", "clsact", "cilia-to_netdev"),
+    }
     with node.stream("friend", "server", server.ipv4) as stream, Traffic(stream) as traffic:
         traffic.goes_on()
         assert not node.ping("stranger", server.ipv4)
@@ -335,5 +353,6 @@ def test_filters_instead_of_links_and_the_change_from_one_to_the_other(node: Age
         node.start("agent", "--attach", "auto")
         ready(node, "server", "friend", "stranger")
         traffic.goes_on()
+        assert {where[1] for where in attached(node, "up0")} == {"tcx"}
         assert node.ping("friend", server.ipv6)
         assert not node.ping("stranger", server.ipv6)

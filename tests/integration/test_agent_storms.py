@@ -19,7 +19,7 @@ import pytest
 from cilia.net.netns import NetNS, in_netns
 from protos.agent.v1 import agent_pb2 as pb
 from protos.agent.v1 import agent_pb2_grpc
-from tests.integration.agentnode import AgentNode, eventually
+from tests.integration.agentnode import WORLD4, AgentNode, eventually
 from tests.integration.test_agent_restart import Traffic, ready
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
@@ -261,13 +261,15 @@ def test_programs_are_replaced_under_a_flood_without_loss(
 ) -> None:
     server = node.workload("server", "app=server")
     client = node.workload("client", "app=client")
+    node.workload("third", "app=third")  # two floods of one namespace miscount each other's end
     with (
         Flood(node, "client", server.ipv4) as there,
         Flood(node, "server", client.ipv6) as back,
+        Flood(node, "third", WORLD4) as out,  # through the programs of the node's device
     ):
         node.stop("agent", how)
         node.start("agent")  # within what a start may take
         ready(node, "server", "client")
-    for flood in (there, back):
+    for flood in (there, back, out):
         assert flood.floods, flood.said
         assert all(counts == (20_000, 20_000) for counts in flood.floods), flood.floods

@@ -50,6 +50,7 @@ PLACES: Final[tuple[tuple[str, Direction, str], ...]] = (
     ("cilb", "ingress", "from_endpoint"),
     ("cilb", "egress", "to_endpoint"),
     ("up0", "ingress", "from_netdev"),
+    ("up0", "egress", "to_netdev"),
 )
 
 
