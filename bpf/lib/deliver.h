@@ -61,6 +61,18 @@ static __always_inline int to_host(struct __sk_buff *ctx, const struct packet *p
 	return TC_ACT_OK;
 }
 
+/*
+ * The sender's TCP keeps a clone of each segment, so the receiver could not take
+ * over the pages of one that came straight from it: it would count a reference a
+ * page. Growing the head by nothing makes it the packet's own, as forwarding does
+ * (skb_cow() in bpf_skb_change_head()). It pays for large segments only.
+ */
+static __always_inline void own_large_head(struct __sk_buff *ctx)
+{
+	if (ctx->gso_size)
+		bpf_skb_change_head(ctx, 0, 0);
+}
+
 /* Into the endpoint's namespace, past the host side of its veth pair. */
 static __always_inline int to_local(struct __sk_buff *ctx, const struct packet *p, struct flow *f)
 {
@@ -71,6 +83,7 @@ static __always_inline int to_local(struct __sk_buff *ctx, const struct packet *
 		return to_stack(ctx, p, f);
 	/* The report first: it shows the frame as it came. mac and node_mac are adjacent. */
 	forwarded(ctx, p, f, TRACE_TO_ENDPOINT);
+	own_large_head(ctx);
 	ret = rewrite_frame(ctx, p, f->dst.mac, !f->answer);
 	if (ret)
 		return ret;

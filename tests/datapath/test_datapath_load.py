@@ -74,8 +74,8 @@ def test_no_helper_is_newer_than_the_floor(objects: None) -> None:
         "bpf_ktime_get_ns", "bpf_l3_csum_replace", "bpf_l4_csum_replace", "bpf_map_delete_elem",
         "bpf_map_lookup_elem", "bpf_map_update_elem", "bpf_redirect", "bpf_redirect_neigh",
         "bpf_redirect_peer", "bpf_ringbuf_reserve", "bpf_ringbuf_submit", "bpf_sk_lookup_udp",
-        "bpf_sk_release", "bpf_skb_change_tail", "bpf_skb_load_bytes", "bpf_skb_pull_data",
-        "bpf_skb_store_bytes", "bpf_skc_lookup_tcp",
+        "bpf_sk_release", "bpf_skb_change_head", "bpf_skb_change_tail", "bpf_skb_load_bytes",
+        "bpf_skb_pull_data", "bpf_skb_store_bytes", "bpf_skc_lookup_tcp",
     }  # fmt: skip
     used = set()
     for path in (*(REPOSITORY / "bpf").glob("*.c"), *(REPOSITORY / "bpf/lib").glob("*.h")):

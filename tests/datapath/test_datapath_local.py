@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scapy.layers.inet import ICMP, UDP
 from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest
+from scapy.packet import Raw
 
 from cilia.bpf import constants, layout
 from tests.datapath.harness import IN, OUT, TC_REDIRECT, TC_SHOT, Node, Rule
@@ -116,3 +117,17 @@ def test_big_tcp_has_no_length(node: Node, v6: bool) -> None:
     setattr(packet, "plen" if v6 else "len", 0)
     assert node.send(a, packet, gso_size=1400).verdict == TC_REDIRECT
     assert node.send(a, packet).drops == [135 if v6 else 134]
+
+
+def test_a_large_segment_arrives_as_it_was_sent(node: Node, v6: bool) -> None:
+    """Its head is made its own on the way (own_large_head()): the same bytes, one hop less."""
+    a, b = node.a, node.b
+    assert node.send(a, tcp(v6, a, b, "S")).verdict == TC_REDIRECT
+    sent = tcp(v6, a, b, "A") / Raw(bytes(range(256)) * 11)
+    large = node.send(a, sent, gso_size=1400)
+    assert large.verdict == TC_REDIRECT
+    assert (large.packet.src, large.packet.dst) == (b.node_mac, b.mac)
+    assert valid(large.packet)
+    arrived = large.packet.payload
+    assert bytes(arrived[Raw]) == bytes(sent[Raw])
+    assert (arrived.hlim if v6 else arrived.ttl) == 63
