@@ -97,6 +97,10 @@ class RuleIDs:
     def number(self, key: DocumentKey, path: str) -> RuleID:
         return self._by_place[key, path]
 
+    def refs(self) -> list[RuleRef]:
+        """All rules that have a number, each where it was written."""
+        return list(self._refs.values())
+
     def ref(self, number: int) -> RuleRef:
         """Raises KeyError for a number that no rule has."""
         return self._refs[RuleID(number)]

@@ -52,6 +52,7 @@ from services.agent.datapath import Datapath
 from services.agent.dumps import Dumps
 from services.agent.endpoint import CLOSING, EndpointState
 from services.agent.endpointtable import Endpoints
+from services.agent.eventmeta import EventMeaning
 from services.agent.host import HostNetwork
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
 from services.agent.ipam import Ipam
@@ -383,7 +384,15 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                     dumps=dumps, endpoints=endpoints, datapath=datapath, monitor=monitor
                 ),
                 monitor=server.MonitorServer(
-                    monitor=monitor, decoder=Decoder(calculation, endpoints)
+                    monitor=monitor,
+                    decoder=Decoder(calculation, endpoints),
+                    meaning=EventMeaning(
+                        node=config.node,
+                        cluster=config.cluster,
+                        endpoints=endpoints,
+                        calculation=calculation,
+                        view=view,
+                    ),
                 ),
                 status=server.StatusServer(config=config, status=status, attach_mode=attach_mode),
             )

@@ -12,7 +12,12 @@ from cilia.errors import InvalidError
 from cilia.identity import NumericIdentity
 from cilia.labels import Labels
 from cilia.policy import Origin, RuleRef, Verdict
-from cilia.rpc.convert import fault_to_proto, labels_from_proto, labels_to_proto
+from cilia.rpc.convert import (
+    fault_to_proto,
+    identity_to_proto,
+    labels_from_proto,
+    labels_to_proto,
+)
 from protos.agent.v1 import agent_pb2
 from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2
@@ -26,6 +31,7 @@ from services.agent.dumps import (
     PolicyDump,
 )
 from services.agent.endpoint import Endpoint, LogEntry, health_of
+from services.agent.eventmeta import EndpointNews, Told
 from services.agent.ipam import PoolStatus
 from services.agent.lives import AddRequest
 from services.agent.monitor import Decoded, Party
@@ -292,6 +298,51 @@ def feature_to_proto(feature: Feature) -> agent_pb2.Feature:
 
 def notification_to_proto(note: Notification) -> agent_pb2.Notification:
     return agent_pb2.Notification(subtype=int(note.subtype), time_ns=note.time_ns, json=note.json)
+
+
+def meaning_to_proto(told: Told) -> agent_pb2.EventMeaning:
+    return agent_pb2.EventMeaning(
+        reset=told.reset,
+        node=told.node,
+        cluster=told.cluster,
+        endpoints=[_event_endpoint(news) for news in told.endpoints],
+        gone_endpoints=told.gone_endpoints,
+        identities=[identity_to_proto(*entry) for entry in told.identities.items()],
+        gone_identities=told.gone_identities,
+        rules=[rule_to_proto(rule) for rule in told.rules],
+        addresses=[
+            agent_pb2.EventAddress(
+                prefix=entry.prefix,
+                identity=entry.identity,
+                name=entry.workload,
+                namespace=entry.namespace,
+                node=entry.node,
+            )
+            for entry in told.addresses
+        ],
+        gone_addresses=told.gone_addresses,
+    )
+
+
+def _event_endpoint(news: EndpointNews) -> agent_pb2.EventEndpoint:
+    endpoint, isolation = news.endpoint, news.isolation
+    message = agent_pb2.EventEndpoint(
+        id=endpoint.id,
+        name=endpoint.name,
+        namespace=endpoint.namespace,
+        labels=labels_to_proto(endpoint.labels),
+        identity=endpoint.identity or 0,
+        addresses=[str(address) for address in endpoint.addresses],
+        ifindex=endpoint.ifindex,
+        host_interface=endpoint.host_interface,
+    )
+    if isolation is not None:
+        message.mode = isolation.mode
+        message.ingress_enforced = isolation.ingress
+        message.egress_enforced = isolation.egress
+        message.ingress_isolated_by.extend(rule.rule_id for rule in isolation.ingress_by)
+        message.egress_isolated_by.extend(rule.rule_id for rule in isolation.egress_by)
+    return message
 
 
 def notification_event(note: Notification) -> agent_pb2.MonitorEvent:

@@ -22,10 +22,11 @@ from services.agent import convert
 from services.agent.calculation import Calculation
 from services.agent.clusterwatch import ClusterView
 from services.agent.config import AgentConfig
-from services.agent.datapath import Datapath
+from services.agent.datapath import Datapath, wall_offset_ns
 from services.agent.dumps import CHUNK_ROWS, Dumps
 from services.agent.endpoint import Endpoint
 from services.agent.endpointtable import Endpoints
+from services.agent.eventmeta import EventMeaning
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
 from services.agent.policydocs import PolicyDocuments
@@ -362,9 +363,10 @@ class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
 
 
 class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
-    def __init__(self, *, monitor: Monitor, decoder: Decoder) -> None:
+    def __init__(self, *, monitor: Monitor, decoder: Decoder, meaning: EventMeaning) -> None:
         self._monitor = monitor
         self._decoder = decoder
+        self._meaning = meaning
 
     @_written
     async def Events(
@@ -372,8 +374,16 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
     ) -> AsyncIterator[agent_pb2.EventBatch]:
         with self._monitor.subscribe() as subscription:
             await context.send_initial_metadata(())  # the subscriber may act: it misses nothing now
-            async for delivery in subscription:
+            teller = self._meaning.teller()
+            if told := teller.tell():
                 yield agent_pb2.EventBatch(
+                    meaning=convert.meaning_to_proto(told), wall_offset_ns=wall_offset_ns()
+                )
+            async for delivery in subscription:
+                told = teller.tell()
+                yield agent_pb2.EventBatch(
+                    meaning=convert.meaning_to_proto(told) if told else None,
+                    wall_offset_ns=wall_offset_ns(),
                     events=b"".join(
                         batch.events.tobytes()
                         for batch in delivery.items

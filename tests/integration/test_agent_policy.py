@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -185,6 +186,32 @@ def test_raw_events_come_in_whole_events(node: AgentNode) -> None:
     stream.cancel()
     assert len(batch.events) % 128 == 0
     assert batch.lost_ring == 0
+
+
+def test_raw_events_come_with_what_their_numbers_mean(node: AgentNode) -> None:
+    node.apply(ALLOW_FRIEND)
+    stream = node.monitor.Events(pb.EventsRequest(from_now=True), timeout=20)
+    first = next(stream)
+    server = node.get("server")
+    assert first.meaning.reset
+    assert abs(first.wall_offset_ns - (time.time_ns() - time.monotonic_ns())) < 5_000_000_000
+    told = {endpoint.id: endpoint for endpoint in first.meaning.endpoints}[server.id]
+    assert (told.name, told.namespace, told.identity) == ("server", "default", server.identity)
+    assert server.ipv4 in told.addresses
+    rules = {rule.rule_id: rule for rule in first.meaning.rules}
+    assert told.ingress_enforced
+    assert [rules[number].policy for number in told.ingress_isolated_by] == [
+        "CiliumNetworkPolicy default/friends"
+    ]
+    numbers = {identity.id for identity in first.meaning.identities}
+    assert {1, 2, server.identity} <= numbers
+    # A change comes with the first events after it, and only the change.
+    node.apply(ALLOW_FRIEND.replace("friends", "others"))
+    assert node.ping("friend", server.ipv4)
+    news = next(batch.meaning for batch in stream if batch.meaning.rules)
+    stream.cancel()
+    assert not news.reset
+    assert {rule.policy for rule in news.rules} == {"CiliumNetworkPolicy default/others"}
 
 
 def test_invalid_document_changes_nothing_and_names_every_fault(node: AgentNode) -> None:

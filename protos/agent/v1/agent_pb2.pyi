@@ -1292,14 +1292,22 @@ class EventBatch(_message.Message):
     LOST_RING_FIELD_NUMBER: _builtins.int
     LOST_TRANSPORT_FIELD_NUMBER: _builtins.int
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
+    MEANING_FIELD_NUMBER: _builtins.int
+    WALL_OFFSET_NS_FIELD_NUMBER: _builtins.int
     events: _builtins.bytes
     """n * 128 bytes, struct event"""
     lost_ring: _builtins.int
     """since the last batch: the kernel ring was full"""
     lost_transport: _builtins.int
     """since the last batch: this subscriber was too slow"""
+    wall_offset_ns: _builtins.int
+    """what to add to an event's time to have wall clock"""
     @_builtins.property
     def notifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Notification]: ...
+    @_builtins.property
+    def meaning(self) -> Global___EventMeaning:
+        """what numbers in events mean: changes; all, in a stream's first message"""
+
     def __init__(
         self,
         *,
@@ -1307,14 +1315,172 @@ class EventBatch(_message.Message):
         lost_ring: _builtins.int = ...,
         lost_transport: _builtins.int = ...,
         notifications: _abc.Iterable[Global___Notification] | None = ...,
+        meaning: Global___EventMeaning | None = ...,
+        wall_offset_ns: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["meaning", b"meaning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "lost_ring", b"lost_ring", "lost_transport", b"lost_transport", "notifications", b"notifications"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "lost_ring", b"lost_ring", "lost_transport", b"lost_transport", "meaning", b"meaning", "notifications", b"notifications", "wall_offset_ns", b"wall_offset_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EventBatch: _TypeAlias = EventBatch  # noqa: Y015
+
+@_typing.final
+class EventMeaning(_message.Message):
+    """What is new applies before the events of its message, what is gone after them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESET_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    GONE_ENDPOINTS_FIELD_NUMBER: _builtins.int
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    GONE_IDENTITIES_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    GONE_ADDRESSES_FIELD_NUMBER: _builtins.int
+    reset: _builtins.bool
+    """forget what was told before"""
+    node: _builtins.str
+    cluster: _builtins.str
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventEndpoint]: ...
+    @_builtins.property
+    def gone_endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Identity]: ...
+    @_builtins.property
+    def gone_identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuleRef]:
+        """one that is gone stays true of older events"""
+
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventAddress]: ...
+    @_builtins.property
+    def gone_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        reset: _builtins.bool = ...,
+        node: _builtins.str = ...,
+        cluster: _builtins.str = ...,
+        endpoints: _abc.Iterable[Global___EventEndpoint] | None = ...,
+        gone_endpoints: _abc.Iterable[_builtins.int] | None = ...,
+        identities: _abc.Iterable[_common_pb2.Identity] | None = ...,
+        gone_identities: _abc.Iterable[_builtins.int] | None = ...,
+        rules: _abc.Iterable[Global___RuleRef] | None = ...,
+        addresses: _abc.Iterable[Global___EventAddress] | None = ...,
+        gone_addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "cluster", b"cluster", "endpoints", b"endpoints", "gone_addresses", b"gone_addresses", "gone_endpoints", b"gone_endpoints", "gone_identities", b"gone_identities", "identities", b"identities", "node", b"node", "reset", b"reset", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventMeaning: _TypeAlias = EventMeaning  # noqa: Y015
+
+@_typing.final
+class EventEndpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    IFINDEX_FIELD_NUMBER: _builtins.int
+    HOST_INTERFACE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    INGRESS_ENFORCED_FIELD_NUMBER: _builtins.int
+    EGRESS_ENFORCED_FIELD_NUMBER: _builtins.int
+    INGRESS_ISOLATED_BY_FIELD_NUMBER: _builtins.int
+    EGRESS_ISOLATED_BY_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    name: _builtins.str
+    namespace: _builtins.str
+    identity: _builtins.int
+    ifindex: _builtins.int
+    """host side; 0: not made yet"""
+    host_interface: _builtins.str
+    mode: _builtins.str
+    """enforcement: default, always, never"""
+    ingress_enforced: _builtins.bool
+    egress_enforced: _builtins.bool
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Label]:
+        """as given"""
+
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def ingress_isolated_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """rules that isolate it, for what no rule decided"""
+
+    @_builtins.property
+    def egress_isolated_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        labels: _abc.Iterable[_common_pb2.Label] | None = ...,
+        identity: _builtins.int = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        ifindex: _builtins.int = ...,
+        host_interface: _builtins.str = ...,
+        mode: _builtins.str = ...,
+        ingress_enforced: _builtins.bool = ...,
+        egress_enforced: _builtins.bool = ...,
+        ingress_isolated_by: _abc.Iterable[_builtins.int] | None = ...,
+        egress_isolated_by: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "egress_enforced", b"egress_enforced", "egress_isolated_by", b"egress_isolated_by", "host_interface", b"host_interface", "id", b"id", "identity", b"identity", "ifindex", b"ifindex", "ingress_enforced", b"ingress_enforced", "ingress_isolated_by", b"ingress_isolated_by", "labels", b"labels", "mode", b"mode", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventEndpoint: _TypeAlias = EventEndpoint  # noqa: Y015
+
+@_typing.final
+class EventAddress(_message.Message):
+    """A workload of another node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    prefix: _builtins.str
+    identity: _builtins.int
+    name: _builtins.str
+    namespace: _builtins.str
+    node: _builtins.str
+    def __init__(
+        self,
+        *,
+        prefix: _builtins.str = ...,
+        identity: _builtins.int = ...,
+        name: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "name", b"name", "namespace", b"namespace", "node", b"node", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventAddress: _TypeAlias = EventAddress  # noqa: Y015
 
 @_typing.final
 class Notification(_message.Message):
