@@ -2,7 +2,7 @@
 no gRPC.
 
 tree, schema, language   text -> documents or faults, all or nothing
-api                      what documents say, as frozen types
+api                      what documents say, as frozen types; it knows nothing of text
 repository               documents by name, rules by subject, rule numbers
 selectorcache            which identities a selector selects, incrementally
 mapstate                 rows of a policy map and the kernel's lookup in them
@@ -18,12 +18,17 @@ from cilia.policy.api import (
     Element,
     EndpointSelector,
     Fault,
+    FQDNSelector,
     Kind,
+    L7Rules,
+    NamedPort,
     Origin,
     ParseResult,
+    PortRule,
     Rule,
     RuleID,
     RuleRef,
+    ServiceSelector,
 )
 from cilia.policy.engine import (
     Direction,
@@ -37,7 +42,7 @@ from cilia.policy.engine import (
     describe,
     is_subject,
 )
-from cilia.policy.language import parse_documents
+from cilia.policy.language import document_from_json, document_from_parts, parse_documents
 from cilia.policy.mapstate import Delta, MapState, Match, PolicyEntry, PolicyKey
 from cilia.policy.repository import Repository
 from cilia.policy.selectorcache import SelectorCache
@@ -52,16 +57,20 @@ __all__ = [
     "DocumentKey",
     "Element",
     "EndpointSelector",
+    "FQDNSelector",
     "Fault",
     "Kind",
+    "L7Rules",
     "MapState",
     "Match",
     "Mode",
+    "NamedPort",
     "Origin",
     "ParseResult",
     "PolicyEngine",
     "PolicyEntry",
     "PolicyKey",
+    "PortRule",
     "Repository",
     "ResolvedPolicy",
     "Rule",
@@ -69,10 +78,13 @@ __all__ = [
     "RuleInfo",
     "RuleRef",
     "SelectorCache",
+    "ServiceSelector",
     "Trace",
     "Unenforced",
     "Verdict",
     "describe",
+    "document_from_json",
+    "document_from_parts",
     "is_subject",
     "parse_documents",
 ]

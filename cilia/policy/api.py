@@ -1,13 +1,14 @@
 """What a policy document says, as domain types: selectors, elements, rules, documents, and their
 faults.
 
-Everything here is frozen and free of input and output. Text becomes these types in `language`, and
-only there; what they mean together is decided in `engine`.
+Everything here is frozen and free of input and output, and knows nothing of text: that becomes
+these types in `language`, and only there. What they mean together is decided in `engine`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -49,6 +50,7 @@ MAX_PORT: Final = 65535
 class Kind(StrEnum):
     CNP = "CiliumNetworkPolicy"
     CCNP = "CiliumClusterwideNetworkPolicy"
+    NP = "NetworkPolicy"
     RULES = "Rules"
 
 
@@ -270,10 +272,52 @@ class EntitySelector:
 
 
 @dataclass(frozen=True, slots=True)
-class AbsentSelector:
-    """Peers that nothing can resolve yet (FQDNs, services, groups): they select nobody."""
+class FQDNSelector:
+    """The addresses that DNS answered for a name, or for the names of a pattern.
 
-    what: str  # toFQDNs
+    Exactly one of the two is given, in lower case, without the trailing dot. Labels match it never:
+    only a table of DNS answers says who it selects.
+    """
+
+    match_name: str = ""
+    match_pattern: str = ""
+
+    def matches_name(self, name: str) -> bool:
+        """Whether a DNS name is meant, in any case, with or without the trailing dot."""
+        return dns_matches(self.match_name, self.match_pattern, name)
+
+    def matches(self, labels: Labels) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"FQDN {self.match_name or self.match_pattern}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSelector:
+    """The backends of services: one by name, or all whose labels a selector matches.
+
+    An empty namespace means every namespace. Labels match it never: only a table of services says
+    who it selects.
+    """
+
+    namespace: str = ""
+    name: str = ""
+    selector: EndpointSelector | None = None  # of the services' own labels; instead of the name
+
+    def matches(self, labels: Labels) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        what = self.name if self.selector is None else f"with {self.selector}"
+        return f"service {self.namespace + '/' if self.namespace else ''}{what}"
+
+
+@dataclass(frozen=True, slots=True)
+class AbsentSelector:
+    """Peers that nothing can resolve (groups of a cloud, nodes by label): they select nobody."""
+
+    what: str  # toGroups
     text: str  # as written, canonical JSON
 
     def matches(self, labels: Labels) -> bool:
@@ -283,7 +327,32 @@ class AbsentSelector:
         return f"{self.what} {self.text}"
 
 
-PeerSelector = EndpointSelector | CidrSelector | EntitySelector | AbsentSelector
+PeerSelector = (
+    EndpointSelector
+    | CidrSelector
+    | EntitySelector
+    | FQDNSelector
+    | ServiceSelector
+    | AbsentSelector
+)
+
+
+def dns_matches(match_name: str, match_pattern: str, name: str) -> bool:
+    """Whether a DNS name is the name, or of the pattern (the one of them that is not empty).
+
+    In a pattern ``*`` stands for any characters of one label, or none; alone it is every name.
+    ``**.`` at the start stands for one or more labels.
+    """
+    name = name.lower().removesuffix(".")
+    if match_name:
+        return name == match_name
+    if match_pattern == "*":
+        return True
+    head, rest = ("", match_pattern)
+    if match_pattern.startswith("**."):
+        head, rest = r"([-a-z0-9_]+\.)+", match_pattern[3:]
+    parts = (re.escape(part) for part in re.split(r"\*+", rest))
+    return re.fullmatch(head + "[-a-z0-9_]*".join(parts), name) is not None
 
 
 # ---- L4
@@ -309,16 +378,138 @@ class L4:
         return f"{what}{ports}/{name}"
 
 
-@dataclass(frozen=True, slots=True)
-class CarriedPorts:
-    """A port rule whose enforcer is not there: it allows nothing until one is."""
+@dataclass(frozen=True, slots=True, order=True)
+class NamedPort:
+    """A port by the name that the destination endpoint gave it; protocol 0 is any of its own."""
 
-    why: str  # "http rules", "named port \"web\""
-    l4: tuple[L4, ...]
-    text: str  # the port rule as written, canonical JSON
+    name: str
+    proto: int
+
+    def __str__(self) -> str:
+        return f"{self.name}/{PROTO_NAMES.get(self.proto, str(self.proto))}"
+
+
+# ---- L7: carried to the proxies, which enforce it
+
+Mismatch = Literal["", "LOG", "ADD", "DELETE", "REPLACE"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderMatch:
+    """A header that must be there, with this value if one is given.
+
+    `secret` (namespace, name) holds the value instead. `mismatch` says what happens to a request
+    without it; empty: the request does not match.
+    """
+
+    name: str
+    value: str = ""
+    mismatch: Mismatch = ""
+    secret: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HTTPRule:
+    """One kind of request. Method, path and host are RE2, matched whole; empty: any.
+
+    `headers` are ``Name: value``, or ``Name`` for its presence.
+    """
+
+    method: str = ""
+    path: str = ""
+    host: str = ""
+    headers: tuple[str, ...] = ()
+    header_matches: tuple[HeaderMatch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaRule:
+    """One kind of Kafka request; empty: any. A role stands for the API keys it needs."""
+
+    role: str = ""  # produce | consume
+    api_key: str = ""  # lower case
+    api_version: str = ""  # a number
+    client_id: str = ""
+    topic: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DNSRule:
+    """Names that may be asked for: one, or those of a pattern; lower case, no trailing dot."""
+
+    match_name: str = ""
+    match_pattern: str = ""
+
+    def matches_name(self, name: str) -> bool:
+        return dns_matches(self.match_name, self.match_pattern, name)
+
+
+@dataclass(frozen=True, slots=True)
+class GenericRule:
+    """Fields for a parser that only the proxy knows; none: every request."""
+
+    fields: tuple[tuple[str, str], ...] = ()  # sorted
+
+
+L7Rule = HTTPRule | KafkaRule | DNSRule | GenericRule
+
+
+@dataclass(frozen=True, slots=True)
+class TLSContext:
+    """A secret (namespace, name) and the names of the files in it.
+
+    An empty name means the usual one, if the secret has it: ca.crt, tls.crt, tls.key.
+    """
+
+    secret: tuple[str, str]
+    trusted_ca: str = ""
+    certificate: str = ""
+    private_key: str = ""
+
+
+# Parsers of port rules that name no requests but still need the proxy.
+PARSER_TLS: Final = "tls"  # TLS contexts or server names only
+PARSER_LISTENER: Final = "listener"  # a listener of somebody's own Envoy configuration
+
+
+@dataclass(frozen=True, slots=True)
+class L7Rules:
+    """What a proxy must enforce on a port: any of the rules is enough, and without one no request
+    passes.
+
+    `parser` is http, kafka, dns, tls, listener, or the l7proto. Under tls and listener there are no
+    requests to judge, so there they have no rules and the connection as such is allowed.
+    """
+
+    parser: str
+    rules: tuple[L7Rule, ...] = ()
+    originating_tls: TLSContext | None = None
+    terminating_tls: TLSContext | None = None
+    server_names: tuple[str, ...] = ()  # of TLS; empty: any
+    listener: str = ""  # canonical JSON, for the parser of that name
 
 
 # ---- rules
+
+
+@dataclass(frozen=True, slots=True)
+class PortRule:
+    """Ports, and what a proxy must enforce on them: one entry of toPorts or icmps."""
+
+    l4: tuple[L4, ...] = ()
+    named: tuple[NamedPort, ...] = ()
+    l7: L7Rules | None = None
+    path: str = ""
+    origin: Origin = field(default_factory=lambda: Origin(""))
+
+
+def unenforced_parts(rule: PortRule) -> tuple[str, ...]:
+    """What of a port rule nobody enforces yet, each as why."""
+    if rule.l7 is not None:
+        what = {PARSER_TLS: "TLS contexts and server names", PARSER_LISTENER: "listeners"}
+        parser = what.get(rule.l7.parser, f"{rule.l7.parser} rules")
+        return (f"{parser} have no proxy to enforce them yet",)
+    return tuple(f"named port {x.name!r} is not resolved yet" for x in rule.named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,17 +521,23 @@ class Element:
     path: str
     origin: Origin
     peers: tuple[PeerSelector, ...] | None = None  # None: no peer kind given; (): nobody
-    l4: tuple[L4, ...] | None = None  # None: no ports given; (): no traffic
+    ports: tuple[PortRule, ...] | None = None  # None: no ports given; (): no traffic
     requires: tuple[EndpointSelector, ...] | None = None
-    carried: tuple[CarriedPorts, ...] = ()
     unenforced: str = ""  # why the whole element allows nothing, if so
+
+    @property
+    def l4(self) -> tuple[L4, ...] | None:
+        """The ports that need neither a proxy nor a name resolved. None: no ports given."""
+        if self.ports is None:
+            return None
+        return tuple(dict.fromkeys(x for rule in self.ports if rule.l7 is None for x in rule.l4))
 
     @property
     def grants_nothing(self) -> bool:
         """Whether it selects no traffic whatever the peers: then it only isolates."""
         if self.unenforced or self.l4 == () or self.peers == ():
             return True
-        return self.peers is None and (self.l4 is None or self.requires is not None)
+        return self.peers is None and (self.ports is None or self.requires is not None)
 
     def peers_text(self) -> str:
         if self.peers is None:
@@ -355,9 +552,14 @@ class Element:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One spec: the endpoints it is about and what it says of them."""
+    """One spec: the endpoints it is about and what it says of them.
+
+    With `node` it is about the nodes themselves that the selector matches (host policy), and about
+    no endpoint.
+    """
 
     selector: EndpointSelector
+    node: bool = False
     elements: tuple[Element, ...]
     path: str
     origin: Origin
@@ -396,6 +598,8 @@ class Document:
     body: bytes = field(repr=False)
     origin: Origin
     origins: tuple[tuple[str, Origin], ...] = field(default=(), repr=False)
+    # Only report what its rules would deny by default (annotation cilia.io/audit: "true").
+    audit: bool = False
 
     @cached_property
     def key(self) -> DocumentKey:
@@ -407,7 +611,7 @@ class Document:
         return str(self.key)
 
     def to_json(self) -> bytes:
-        """Everything, origins too; from_json() gives an equal document back."""
+        """Everything, origins too; document_from_json() gives an equal document back."""
         envelope: dict[str, Any] = {
             "kind": self.kind,
             "namespace": self.namespace,
@@ -418,35 +622,6 @@ class Document:
         }
         head = json.dumps(envelope, separators=(",", ":"))
         return b'%s,"body":%s}' % (head[:-1].encode(), self.body)
-
-    @staticmethod
-    def from_json(data: bytes | str) -> Document:
-        """Undo to_json(). Raises DocumentError when the stored bytes are not a valid document."""
-        from cilia.policy.language import document_from_json
-
-        return document_from_json(data)
-
-    @staticmethod
-    def from_parts(
-        *,
-        kind: str,
-        namespace: str | None,
-        name: str,
-        body: bytes,
-        origin: Origin,
-        origins: Mapping[str, Origin] | tuple[tuple[str, Origin], ...] = (),
-    ) -> Document:
-        """Build from stored parts. Raises DocumentError."""
-        from cilia.policy.language import document_from_parts
-
-        return document_from_parts(
-            kind=kind,
-            namespace=namespace,
-            name=name,
-            body=body,
-            origin=origin,
-            origins=dict(origins),
-        )
 
 
 class DocumentError(ValueError):
@@ -483,26 +658,41 @@ __all__ = [
     "ENTITIES",
     "L4",
     "MAX_PORT",
+    "PARSER_LISTENER",
+    "PARSER_TLS",
     "PROTO_BY_NAME",
     "PROTO_NAMES",
     "SOURCE_CIDR",
     "AbsentSelector",
-    "CarriedPorts",
     "CidrSelector",
+    "DNSRule",
     "Document",
     "DocumentError",
     "DocumentKey",
     "Element",
     "EndpointSelector",
     "EntitySelector",
+    "FQDNSelector",
     "Fault",
+    "GenericRule",
+    "HTTPRule",
+    "HeaderMatch",
+    "KafkaRule",
     "Kind",
+    "L7Rule",
+    "L7Rules",
+    "NamedPort",
     "Network",
     "Origin",
     "ParseResult",
     "PeerSelector",
+    "PortRule",
     "Requirement",
     "Rule",
     "RuleID",
     "RuleRef",
+    "ServiceSelector",
+    "TLSContext",
+    "dns_matches",
+    "unenforced_parts",
 ]

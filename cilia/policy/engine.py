@@ -30,11 +30,14 @@ from cilia.policy.api import (
     Element,
     EndpointSelector,
     EntitySelector,
+    FQDNSelector,
     Network,
     PeerSelector,
     Requirement,
     RuleID,
     RuleRef,
+    ServiceSelector,
+    unenforced_parts,
 )
 from cilia.policy.mapstate import (
     MATCH_NONE,
@@ -521,7 +524,7 @@ class PolicyEngine:
                 if found is None:
                     found = self._expansions[entity] = peer.expand(self.cluster_name)
                 return found
-            case AbsentSelector():
+            case AbsentSelector() | FQDNSelector() | ServiceSelector():
                 return ()
             case _:
                 return (peer,)
@@ -675,10 +678,21 @@ def _keys(element: Element) -> tuple[L4Key, ...]:
 def _unenforced(element: Element, ref: RuleRef) -> Iterable[Unenforced]:
     if element.unenforced:
         yield Unenforced(ref, element.unenforced)
-    for carried in element.carried:
-        yield Unenforced(ref, carried.why)
-    what = {x.what: None for x in element.peers or () if isinstance(x, AbsentSelector)}
-    for name in what:
+    for rule in element.ports or ():
+        for why in unenforced_parts(rule):
+            yield Unenforced(ref, why)
+    names: dict[str, None] = {}
+    for peer in element.peers or ():
+        match peer:
+            case AbsentSelector(what):
+                names[what] = None
+            case FQDNSelector():
+                names["toFQDNs"] = None
+            case ServiceSelector():
+                names["toServices"] = None
+            case _:
+                pass
+    for name in names:
         yield Unenforced(ref, f"{name} is not resolved yet")
 
 

@@ -197,8 +197,13 @@ class Repository:
         return tuple(self._documents)
 
     def rules_for(self, subject: Labels) -> tuple[StoredRule, ...]:
-        """The rules about an endpoint with these labels, sorted by policy and place."""
-        found = [x for x in self._index.candidates(subject) if x.rule.selector.matches(subject)]
+        """The rules about an endpoint with these labels, sorted by policy and place; none about
+        nodes."""
+        found = [
+            x
+            for x in self._index.candidates(subject)
+            if not x.rule.node and x.rule.selector.matches(subject)
+        ]
         return tuple(sorted(found, key=lambda x: (x.document.key, x.serial)))
 
     def prefixes(self) -> frozenset[Network]:

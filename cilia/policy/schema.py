@@ -9,6 +9,7 @@ faults.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -81,6 +82,11 @@ def kind_of(value: object) -> str:
 def shown(value: object, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def canonical(node: Node) -> str:
+    """What was written, as JSON that does not depend on its order or spacing."""
+    return json.dumps(node.plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:

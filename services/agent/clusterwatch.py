@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from cilia.identity import NumericIdentity
 from cilia.labels import Labels
-from cilia.policy import Document, Origin
+from cilia.policy import Document, Origin, document_from_parts
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,7 +62,7 @@ class PolicyEntry:
 
     def parse(self) -> Document:
         """Raises DocumentError."""
-        return Document.from_parts(
+        return document_from_parts(
             kind=self.name.kind,
             namespace=self.name.namespace or None,
             name=self.name.name,

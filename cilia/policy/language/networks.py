@@ -1,0 +1,106 @@
+"""CIDRs as peers, alone and with exceptions."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Network, ip_network
+from typing import Any, Final
+
+from cilia.policy.api import AbsentSelector, CidrSelector, Network
+from cilia.policy.language.selectors import SELECTOR
+from cilia.policy.schema import INVALID, Checking, ListOf, Object, Text, canonical, shown
+from cilia.policy.tree import Node
+
+MAX_EXCEPTS: Final = 100_000
+_MAPPED: Final = IPv6Network("::ffff:0:0/96")
+
+
+def _network(text: str, *, need_length: bool) -> Network:
+    address, slash, length = text.partition("/")
+    if need_length and not slash:
+        raise ValueError(f"{shown(text)} has no prefix length: write {address}/32 or /128")
+    if slash and not (length.isascii() and length.isdigit()):
+        raise ValueError(f"{shown(text)} is not a CIDR: the prefix length must be a number")
+    if "%" in text:
+        raise ValueError(f"{shown(text)}: a CIDR has no zone")
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(
+            f"{shown(text)} is not an IPv4 or IPv6 {'CIDR' if slash else 'address or CIDR'}"
+        ) from None
+    if isinstance(network, IPv6Network) and network.subnet_of(_MAPPED):
+        raise ValueError(f"{shown(text)} is an IPv4-mapped address: write it as IPv4")
+    return network
+
+
+class Cidr:
+    """A CIDR; bits beyond its length are cut off, with a warning."""
+
+    def __init__(self, *, need_length: bool) -> None:
+        self.text: Final = Text(
+            lambda text: (text, _network(text, need_length=need_length)), max_length=64
+        )
+
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        found = self.text.check(node, path, c)
+        if found is INVALID:
+            return INVALID
+        text, network = found
+        if "/" in text and ip_network(text.partition("/")[0]).network_address != (
+            network.network_address
+        ):
+            c.warn(path, node, f"{text} has bits beyond its length; it means {network}")
+        return network
+
+
+class CidrPeer:
+    """A CIDR or an address as a peer."""
+
+    cidr: Final = Cidr(need_length=False)
+
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        network = self.cidr.check(node, path, c)
+        return network if network is INVALID else CidrSelector(network)
+
+
+def cidr_except(
+    v: dict[str, Any], node: Node, path: str, c: Checking, *, strict: bool = False
+) -> Any:
+    """The selector of a `cidr` with its `except`; `strict`: none may be all of it."""
+    if "cidr" not in v:
+        return INVALID
+    prefix, excepts = v["cidr"], v.get("except", [])
+    for i, inner in enumerate(excepts):
+        at = node.value["except"].value
+        place = at[i] if i < len(at) else node
+        if inner.version != prefix.version or not inner.subnet_of(prefix):
+            c.fault(f"{path}.except[{i}]", place, f"{inner} is not inside {prefix}")
+            return INVALID
+        if inner == prefix:
+            if strict:
+                c.fault(f"{path}.except[{i}]", place, f"excepts all of {prefix}")
+                return INVALID
+            c.warn(f"{path}.except[{i}]", place, f"excepts all of {prefix}: selects nothing")
+    return CidrSelector(prefix, tuple(dict.fromkeys(excepts)))
+
+
+def _build_cidr_rule(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
+    names = ("cidr", "cidrGroupRef", "cidrGroupSelector")
+    given = [name for name in names if name in node.value and node.value[name].value is not None]
+    if len(given) != 1:
+        c.fault(path, node, "needs exactly one of cidr, cidrGroupRef and cidrGroupSelector")
+        return INVALID
+    if "cidr" not in given:
+        return AbsentSelector(given[0], canonical(node))
+    return cidr_except(v, node, path, c)
+
+
+CIDR_RULE: Final = Object(
+    {
+        "cidr": Cidr(need_length=True),
+        "except": ListOf(Cidr(need_length=True), MAX_EXCEPTS),
+        "cidrGroupRef": Text(max_length=253),
+        "cidrGroupSelector": SELECTOR,
+    },
+    build=_build_cidr_rule,
+)
