@@ -166,6 +166,63 @@ def test_trace_exit_code_is_asked_for(tmp_path: Path) -> None:
     assert _trace(tmp_path, *denied, "--exit-code").exit_code == Exit.FAILED
 
 
+ENDPOINTS = "[{name: web, labels: {app: web}}, {name: front, labels: {app: front}}, {name: x}]"
+
+
+def test_offline_matrix(tmp_path: Path) -> None:
+    (tmp_path / "policies" / "more").mkdir(parents=True)
+    (tmp_path / "policies" / "more" / "p.yml").write_text(POLICY)
+    (tmp_path / "endpoints.yaml").write_text(ENDPOINTS)
+    files = ["--policies", f"{tmp_path}/policies", "--endpoints", f"{tmp_path}/endpoints.yaml"]
+    result = run("policy", "matrix", *files, "-o", "json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    to_web = [x for x in rows if x["dst"] == "default/web" and x["src"] != "reserved:host"]
+    assert to_web == [
+        {"src": "default/front", "dst": "default/web", "protocol": "TCP", "ports": "80"}
+    ]
+    assert run("-o", "json", "policy", "matrix", *files).stdout == result.stdout
+    never = json.loads(
+        run("policy", "matrix", *files, "--enforcement", "never", "-o", "json").stdout
+    )
+    assert len(never) > len(rows)
+    page = run("policy", "matrix", *files, "-o", "html").stdout
+    assert "<td>TCP 80</td>" in page
+    table = run("policy", "matrix", *files).stdout
+    assert re.search(r"^default/front +default/web +TCP +80$", table, re.MULTILINE)
+
+
+def test_matrix_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(POLICY)
+    (tmp_path / "bad.yaml").write_text("[{name: a, ips: [nowhere]}]")
+    alone = run("policy", "matrix", "--policies", f"{tmp_path}/p.yaml")
+    assert alone.exit_code == Exit.USAGE
+    bad = run(
+        "policy",
+        "matrix",
+        "--policies",
+        f"{tmp_path}/p.yaml",
+        "--endpoints",
+        f"{tmp_path}/bad.yaml",
+    )
+    assert bad.exit_code == Exit.INVALID
+    assert "bad.yaml:1:18: [0].ips[0]" in bad.stderr
+    (tmp_path / "q.yaml").write_text(POLICY)
+    (tmp_path / "e.yaml").write_text(ENDPOINTS)
+    twice = run(
+        "policy",
+        "matrix",
+        "--policies",
+        str(tmp_path / "p.yaml"),
+        "--policies",
+        str(tmp_path / "q.yaml"),
+        "--endpoints",
+        str(tmp_path / "e.yaml"),
+    )
+    assert twice.exit_code == 0
+    assert "also the name of the one at" in twice.stderr
+
+
 def test_offline_trace_cannot_look_up_endpoints(tmp_path: Path) -> None:
     result = _trace(tmp_path, "-s", "xwing", "-d", "app=web")
     assert result.exit_code == Exit.INVALID

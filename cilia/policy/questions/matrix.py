@@ -1,0 +1,180 @@
+"""Who may talk to whom on what: every pair of parties, under all policies at once.
+
+A connection is in the matrix when the egress of its source and the ingress of its destination allow
+it; what is missing is denied. Pairs of which no end is an endpoint or the host are not asked about:
+no policy judges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cilia.policy.api import PROTO_ICMP, PROTO_ICMPV6, PROTO_NAMES, Network
+from cilia.policy.questions import ports
+from cilia.policy.questions.ports import PROTOCOLS, Condition
+from cilia.policy.questions.scene import CLOSED, WORLDS, Cell, Party, Scene
+from cilia.policy.questions.world import partition
+
+Name = str | Network
+_TYPED: Final = (PROTO_ICMP, PROTO_ICMPV6)
+_FOREIGN: Final = {4: PROTO_ICMPV6, 6: PROTO_ICMP}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one party may send another: ports of one protocol, under one condition."""
+
+    src: Name
+    dst: Name
+    proto: int
+    ranges: tuple[tuple[int, int], ...]
+    condition: Condition = None
+
+    def shape(self) -> dict[str, Any]:
+        """``{src, dst, protocol, ports | types[, l7]}``, the documented form."""
+        shape: dict[str, Any] = {
+            "src": name_shape(self.src),
+            "dst": name_shape(self.dst),
+            "protocol": PROTO_NAMES[self.proto],
+            "types" if self.proto in _TYPED else "ports": ports.text(self.ranges),
+        }
+        if self.condition is not None:
+            shape["l7"] = condition_shape(self.condition)
+        return shape
+
+
+def name_shape(name: Name) -> str | dict[str, str]:
+    """``namespace/name``, ``reserved:host``, or ``{cidr}``."""
+    return name if isinstance(name, str) else {"cidr": str(name)}
+
+
+def condition_shape(condition: Condition) -> list[dict[str, Any]]:
+    """The L7 rules of each end that has some; a request must pass all of them."""
+    raise NotImplementedError(condition)
+
+
+class Matrix:
+    """The answer: a cell for each pair of names, those where nothing is allowed left out."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene: Final = scene
+        self.cells: Final[dict[tuple[Name, Name], Cell]] = {}
+        parties = (*scene.endpoints, *scene.entities)
+        for source in parties:
+            for destination in parties:
+                if source.local or destination.local:
+                    self._put(source, destination)
+        self.prefixes: Final = self._regions([x for x in parties if x.local])
+        self._local: Final = {name for x in parties if x.local for name in names(x)}
+        self.parties: Final[tuple[Name, ...]] = (
+            *sorted((name for x in parties for name in names(x)), key=_order),
+            *self.prefixes,
+        )
+
+    def asked(self, src: Name, dst: Name) -> bool:
+        """Whether policy judges connections between the two at all."""
+        return src != dst and (src in self._local or dst in self._local)
+
+    def _put(self, source: Party, destination: Party) -> None:
+        cell = self.scene.connection(source, destination)
+        if cell is CLOSED:
+            return
+        for src in names(source):
+            for dst in names(destination):
+                if src != dst:
+                    self.cells[src, dst] = cell
+
+    def _regions(self, parties: list[Party]) -> tuple[Network, ...]:
+        """Connections from and to outside; gives the prefixes that the outside was split into."""
+        scene = self.scene
+        # Parties under the same rows have the same answers about everybody outside.
+        alike: dict[int, list[Party]] = {}
+        for party in parties:
+            alike.setdefault(id(scene.state(party)), []).append(party)
+        groups = list(alike.values())
+
+        def answers(region: Party) -> tuple[tuple[Cell, Cell], ...]:
+            version = region.prefix.version if region.prefix is not None else 4
+            return tuple(
+                (
+                    _of_family(scene.connection(group[0], region), version),
+                    _of_family(scene.connection(region, group[0]), version),
+                )
+                for group in groups
+            )
+
+        numbers: dict[Hashable, int] = {}
+        meanings: list[tuple[tuple[Cell, Cell], ...]] = []
+        by_prefix: dict[Network, int] = {}
+        for region in scene.regions:
+            found = answers(region)
+            if found not in numbers:
+                numbers[found] = len(meanings)
+                meanings.append(found)
+            assert region.prefix is not None
+            by_prefix[region.prefix] = numbers[found]
+        split: list[Network] = []
+        for world in WORLDS:
+            everywhere = by_prefix.pop(world)
+            for prefix, number in partition(world.version, everywhere, by_prefix):
+                split.append(prefix)
+                assert isinstance(number, int)
+                for group, (out, in_) in zip(groups, meanings[number], strict=True):
+                    for party in group:
+                        for name in names(party):
+                            if any(out):
+                                self.cells[name, prefix] = out
+                            if any(in_):
+                                self.cells[prefix, name] = in_
+        return tuple(split)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, sorted by source, destination and protocol."""
+        tails: dict[int, list[tuple[int, tuple[tuple[int, int], ...], Condition]]] = {}
+        for src, dst in sorted(self.cells, key=lambda x: (_order(x[0]), _order(x[1]))):
+            cell = self.cells[src, dst]
+            found = tails.get(id(cell))
+            if found is None:
+                found = tails[id(cell)] = list(_tails(cell))
+            for proto, ranges, condition in found:
+                yield Row(src, dst, proto, ranges, condition)
+
+
+def _tails(cell: Cell) -> Iterator[tuple[int, tuple[tuple[int, int], ...], Condition]]:
+    for proto, ranges in zip(PROTOCOLS, cell, strict=True):
+        by_condition: dict[Condition, list[tuple[int, int]]] = {}
+        for first, last, condition in ranges:
+            by_condition.setdefault(condition, []).append((first, last))
+        plain = by_condition.pop(None, None)
+        if plain:
+            yield proto, tuple(plain), None
+        for condition, found in by_condition.items():
+            yield proto, tuple(found), condition
+
+
+def _of_family(cell: Cell, version: int) -> Cell:
+    """Without the ICMP of the other family."""
+    foreign = _FOREIGN[version]
+    return tuple(
+        () if proto == foreign else ranges for proto, ranges in zip(PROTOCOLS, cell, strict=True)
+    )
+
+
+def names(party: Party) -> tuple[Name, ...]:
+    """How a party's members are called in answers."""
+    match party.kind:
+        case "endpoint":
+            return tuple(x.ref for x in party.members)
+        case "entity":
+            return (f"reserved:{party.entity}",)
+        case "prefix":
+            assert party.prefix is not None
+            return (party.prefix,)
+
+
+def _order(name: Name) -> tuple[int, str, int, int, int]:
+    if isinstance(name, str):
+        return (1 if name.startswith("reserved:") else 0, name, 0, 0, 0)
+    return (2, "", name.version, int(name.network_address), name.prefixlen)

@@ -1,0 +1,160 @@
+"""What a question about policy is about: documents and endpoints, from files or from the agent.
+
+With `--policies` nothing is asked of any service, and gRPC is not even imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import Final, Literal
+
+from cilia.identity import HOST, reserved_labels
+from cilia.labels import Label, Labels
+from cilia.policy import Document, DocumentError, Origin, document_from_parts
+from cilia.policy.questions.inventory import (
+    Inventory,
+    InventoryEndpoint,
+    InventoryError,
+    parse_inventory,
+)
+from cilia.policy.questions.scene import Scene
+from cli import documents, render
+from cli.errors import CliError, Exit
+from cli.settings import Settings
+
+Mode = Literal["default", "always", "never"]
+MODES: Final[dict[str, Mode]] = {"default": "default", "always": "always", "never": "never"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Everything a question needs; `live` says whether the agent was asked."""
+
+    documents: tuple[Document, ...]
+    inventory: Inventory
+    mode: Mode
+    live: bool
+
+    def scene(self) -> Scene:
+        """An engine with all of it."""
+        return Scene(self.documents, self.inventory, mode=self.mode)
+
+
+def load(
+    settings: Settings,
+    *,
+    policies: Sequence[str],
+    endpoints: str | None,
+    enforcement: str | None,
+    namespace: str = "default",
+    need_endpoints: bool = True,
+) -> Asked:
+    """Read the files, and ask the agent for what they are not given for. Raises CliError."""
+    mode = MODES.get(enforcement or "")
+    if policies:
+        if endpoints is None and need_endpoints:
+            raise CliError(
+                "--policies needs --endpoints: a matrix is about endpoints",
+                code=Exit.USAGE,
+                hint="Its form is in docs/cli.md; without --policies the agent is asked for both.",
+            )
+        return Asked(
+            read_documents(policies, namespace),
+            read_inventory(endpoints) if endpoints is not None else Inventory(),
+            mode or "default",
+            live=False,
+        )
+    asked = _live(settings)
+    if endpoints is not None:
+        asked = replace(asked, inventory=read_inventory(endpoints))
+    return replace(asked, mode=mode) if mode else asked
+
+
+def read_documents(paths: Sequence[str], namespace: str = "default") -> tuple[Document, ...]:
+    """Documents of files and directories, as applying them one after the other would leave them.
+
+    Raises CliError with every fault.
+    """
+    checked = documents.check(documents.read(paths), default_namespace=namespace)
+    if checked.faults:
+        raise documents.invalid(checked.faults, changed_nothing=False)
+    found: dict[object, Document] = {}
+    for document in checked.documents:
+        if (before := found.get(document.key)) is not None:
+            render.warn(
+                f"warning: {document.origin}: {document.ref} is also the name of the one at "
+                f"{before.origin}: the later one counts, as when both are applied"
+            )
+        found[document.key] = document
+    return tuple(found.values())
+
+
+def read_inventory(path: str) -> Inventory:
+    """Endpoints of a file. Raises CliError with every fault."""
+    source = documents.read([path])[0]
+    try:
+        return parse_inventory(source.text, source=source.name)
+    except InventoryError as error:
+        faults = [documents.fault_line(x) for x in error.faults]
+        raise CliError(
+            f"invalid endpoints: {render.count(len(faults), 'fault')}",
+            code=Exit.INVALID,
+            faults=faults,
+        ) from error
+
+
+def _live(settings: Settings) -> Asked:
+    """What the agent has now. Documents keep the files and lines they were written at."""
+    from cli import clients  # gRPC: needed only here
+    from protos.agent.v1 import agent_pb2
+    from protos.identity.v1 import identity_pb2
+
+    async def fetch(
+        agent: clients.Agent,
+    ) -> tuple[list[identity_pb2.Policy], list[agent_pb2.Endpoint], str]:
+        policies = await agent.policy.Get(agent_pb2.GetPoliciesRequest(), timeout=agent.timeout_s)
+        found = await agent.endpoint.List(agent_pb2.ListEndpointsRequest(), timeout=agent.timeout_s)
+        status = await agent.status.Status(agent_pb2.StatusRequest(), timeout=agent.timeout_s)
+        return list(policies.policies), list(found.endpoints), status.enforcement_mode
+
+    items, endpoints, mode = clients.agent(settings, fetch)
+    try:
+        stored = tuple(
+            document_from_parts(
+                kind=x.kind,
+                namespace=x.namespace or None,
+                name=x.name,
+                body=x.document,
+                origin=Origin(x.origin.source, x.origin.line, x.origin.column),
+                origins={
+                    o.path: Origin(o.origin.source, o.origin.line, o.origin.column)
+                    for o in x.rule_origins
+                },
+            )
+            for x in items
+        )
+    except DocumentError as error:
+        raise CliError(
+            "the agent holds a policy that this command cannot read",
+            code=Exit.INVALID,
+            hint="Is the command older than the agent? See `cilia version`.",
+            faults=[documents.fault_line(x) for x in error.faults],
+        ) from error
+    known = sorted(endpoints, key=lambda x: (x.namespace, x.name, x.id))
+    inventory = Inventory(
+        endpoints=tuple(
+            InventoryEndpoint(
+                name=x.name,
+                namespace=x.namespace,
+                labels=Labels(
+                    Label(y.source, y.key, y.value) for y in (x.identity_labels or x.labels)
+                ),
+                ips=tuple(ip_address(y) for y in (x.ipv4, x.ipv6) if y),
+            )
+            for x in known
+        ),
+        host=reserved_labels(HOST),
+    )
+    return Asked(stored, inventory, MODES.get(mode, "default"), live=True)
