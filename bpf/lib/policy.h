@@ -106,7 +106,10 @@ found:
 	       (__u64)best_plen << 32 | best->rule_id;
 }
 
-/* Returns 0 (allowed), -DROP_POLICY (no row) or -DROP_POLICY_DENY. */
+/*
+ * Returns 0 (allowed), -DROP_POLICY (no row) or -DROP_POLICY_DENY. With POLICY_F_AUDIT in row_flags
+ * that is what policy would do, if all of it were enforced: to be reported only.
+ */
 static __always_inline int policy_allows(const struct end *ep, struct judgement *j)
 {
 	__u64 found = policy_lookup(ep->policy_slot, j->egress, j->remote_id, j->proto,
@@ -117,6 +120,8 @@ static __always_inline int policy_allows(const struct end *ep, struct judgement 
 	j->rule_id = found;
 	j->match_type = policy_match_type((found >> 32) & 0x7f, found >> 39 & 1);
 	j->row_flags = found >> 40;
+	if (j->row_flags & POLICY_F_AUDIT)
+		return j->rule_id ? -DROP_POLICY_DENY : -DROP_POLICY;
 	return j->row_flags & POLICY_F_DENY ? -DROP_POLICY_DENY : 0;
 }
 

@@ -84,7 +84,7 @@ struct policy_key {
 _Static_assert(sizeof(struct policy_key) == 8, "struct policy_key");
 
 #define POLICY_F_DENY  (1u << 0)
-#define POLICY_F_AUDIT (1u << 1) /* a deny of this row is reported, not enforced */
+#define POLICY_F_AUDIT (1u << 1) /* allows, and reports what would be denied: by rule_id; 0: by default */
 
 struct policy_value {
 	__u32 rule_id;     /* 0: no rule (implicit allow) */

@@ -36,18 +36,21 @@ from cilia.policy.engine import (
     PolicyEngine,
     ResolvedPolicy,
     RuleInfo,
+    Service,
     Trace,
-    Unenforced,
     Verdict,
     describe,
     is_subject,
 )
+from cilia.policy.l7 import ALL_PARSERS, L7Entry, L7Set
 from cilia.policy.language import document_from_json, document_from_parts, parse_documents
 from cilia.policy.mapstate import Delta, MapState, Match, PolicyEntry, PolicyKey
+from cilia.policy.program import Unenforced
 from cilia.policy.repository import Repository
 from cilia.policy.selectorcache import SelectorCache
 
 __all__ = [
+    "ALL_PARSERS",
     "PROTO_BY_NAME",
     "PROTO_NAMES",
     "Delta",
@@ -60,7 +63,9 @@ __all__ = [
     "FQDNSelector",
     "Fault",
     "Kind",
+    "L7Entry",
     "L7Rules",
+    "L7Set",
     "MapState",
     "Match",
     "Mode",
@@ -78,6 +83,7 @@ __all__ = [
     "RuleInfo",
     "RuleRef",
     "SelectorCache",
+    "Service",
     "ServiceSelector",
     "Trace",
     "Unenforced",

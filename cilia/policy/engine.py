@@ -4,18 +4,20 @@
                                                                      ├──▶ Live ──▶ MapState
     identities ─▶ SelectorCache ─▶ identities of a selector ─────────┘
 
-A *subject* is a set of labels whose traffic policy judges. A *program* is what all rules about it
-say, selector by selector; subjects that the same rules are about share it. *Live* is a program
-applied to the identities there are, and is changed identity by identity. Pure and synchronous
+A *subject* is a set of labels whose traffic policy judges (with what its endpoint brings: mode,
+port names, visibility). A *program* is what all rules about it say, selector by selector; subjects
+that the same rules are about share it. *Live* is a program applied to the identities there are; an
+identity that comes changes it by one entry, a rule by the peers of that rule. Pure and synchronous
 throughout.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from cilia.identity import HOST, identity_name, is_local, is_reserved
 from cilia.labels import NAMESPACE_KEY, SOURCE_CIDR, SOURCE_RESERVED, Labels
@@ -25,55 +27,46 @@ from cilia.policy.api import (
     PROTO_ICMPV6,
     PROTO_NAMES,
     AbsentSelector,
+    CidrSelector,
     Document,
     DocumentKey,
-    Element,
     EndpointSelector,
     EntitySelector,
     FQDNSelector,
     Network,
     PeerSelector,
+    PortRule,
     Requirement,
-    RuleID,
+    Rule,
     RuleRef,
     ServiceSelector,
-    unenforced_parts,
 )
-from cilia.policy.mapstate import (
-    MATCH_NONE,
-    Block,
-    L4Key,
-    MapState,
-    Match,
-    PolicyEntry,
-    any_l4,
-    l4_keys,
-    lookup_blocks,
+from cilia.policy.l7 import L7Set, PortNames, port_names
+from cilia.policy.live import Live
+from cilia.policy.mapstate import MATCH_NONE, MapState, Match, l4_keys, lookup_blocks
+from cilia.policy.program import (
+    EVERYBODY,
+    NO_RULE,
+    Contribution,
+    Program,
+    RuleParts,
+    Unenforced,
+    is_host,
+    rule_parts,
 )
 from cilia.policy.repository import Repository, RuleIDs, StoredRule
-from cilia.policy.selectorcache import CacheSelector, SelectorCache
+from cilia.policy.selectorcache import CacheSelector, LabelIndex, SelectorCache
 
 Mode = Literal["default", "always", "never"]
 Direction = Literal["ingress", "egress"]
 RuleInfo = RuleRef
 
-_MAX_MEMO: Final = 16384
-_MAX_LOG: Final = 1 << 16
 _MAX_TRANSIENT: Final = 1024
-_NO_RULE: Final = RuleID(0)
-_IMPLICIT: Final = PolicyEntry(deny=False, rule_id=_NO_RULE)
+_LAST: Final = DocumentKey("~", "", "")  # sorts after every policy
 # Peers that are no endpoints under policy: nothing judges what they send or receive.
 _NOT_SUBJECTS: Final = frozenset(
     ("host", "world", "world-ipv4", "world-ipv6", "unmanaged", "remote-node", "kube-apiserver")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Unenforced:
-    """A part of a rule that allows nothing because what would enforce it is not there."""
-
-    rule: RuleRef
-    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +82,9 @@ class ResolvedPolicy:
     mapstate: MapState
     default_deny_ingress: tuple[RuleRef, ...] = ()
     default_deny_egress: tuple[RuleRef, ...] = ()
+    # Rules that only audit, and would isolate the subject where nothing else does.
+    audited_ingress: tuple[RuleRef, ...] = ()
+    audited_egress: tuple[RuleRef, ...] = ()
     unenforced: tuple[Unenforced, ...] = ()
 
     @property
@@ -114,6 +110,8 @@ class Verdict:
     default_deny: tuple[RuleRef, ...] = ()  # that isolate the subject
     match_type: int = MATCH_NONE  # MATCH_* of types.h
     deny: bool = False  # a deny rule decided
+    audit: bool = False  # allowed, but reported: `rules` would deny it, if they did not only audit
+    l7: L7Set | None = None  # allowed as far as this allows the request
 
     @property
     def verdict(self) -> str:
@@ -133,141 +131,48 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class _Contribution:
-    """What one element says about the peers of one selector."""
+class Subject:
+    """Whose policy is asked for: all that it depends on besides rules and identities."""
 
-    deny: bool
-    keys: tuple[L4Key, ...]
-    rule_id: RuleID
-    order: int
+    labels: Labels
+    mode: Mode
+    names: PortNames = ()
+    visibility: tuple[PortRule, ...] = ()
 
-
-@dataclass(slots=True, eq=False)
-class _Program:
-    """Everything that one set of rules says, before any identity is looked at."""
-
-    ingress_enforced: bool
-    egress_enforced: bool
-    selectors: tuple[CacheSelector, ...] = ()
-    contributions: tuple[tuple[_Contribution, ...], ...] = ()  # by index of the selector
-    wildcard: Block = field(default_factory=dict)  # rows of identity 0
-    host_allow: bool = False
-    default_deny: tuple[tuple[RuleRef, ...], tuple[RuleRef, ...]] = ((), ())
-    unenforced: tuple[Unenforced, ...] = ()
-    _interned: dict[tuple[int, ...], Block] = field(default_factory=dict)
-    _by_labels: dict[Labels, Block] = field(default_factory=dict)
-
-    def block(self, matched: tuple[int, ...], *, host: bool) -> Block:
-        """The rows of a peer that these selectors (indexes, ascending) match."""
-        key = (*matched, -1) if host and self.host_allow else matched
-        if (found := self._interned.get(key)) is not None:
-            return found
-        block = _merge([c for i in matched for c in self.contributions[i]])
-        if key is not matched:
-            allow_all = any_l4(False)
-            if allow_all not in block:
-                block[allow_all] = _IMPLICIT
-        for row in [k for k, e in block.items() if _covered(e, self.wildcard.get(k))]:
-            del block[row]
-        if len(self._interned) >= _MAX_MEMO:
-            self._interned.clear()
-        self._interned[key] = block
-        return block
-
-    def block_of(self, labels: Labels) -> Block:
-        """The rows of a peer known by its labels only."""
-        found = self._by_labels.get(labels)
-        if found is None:
-            matched = tuple(i for i, x in enumerate(self.selectors) if x.matches(labels))
-            found = self.block(matched, host=_is_host(labels))
-            if len(self._by_labels) >= _MAX_MEMO:
-                self._by_labels.clear()
-            self._by_labels[labels] = found
-        return found
+    @property
+    def node(self) -> bool:
+        """A node itself, known by `reserved:host`: rules about nodes are about it, no others."""
+        return is_node(self.labels)
 
 
-def _is_host(labels: Labels) -> bool:
-    return labels.get("host", SOURCE_RESERVED) is not None
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service as rules may name it. Only one without a selector has backends that count here:
+    those of the others are endpoints, and have labels."""
+
+    namespace: str
+    name: str
+    labels: Labels = field(default_factory=Labels)
+    backends: frozenset[Network] = frozenset()
 
 
-def _covered(entry: PolicyEntry, wildcard: PolicyEntry | None) -> bool:
-    """Whether everyone's row of the same key says the same, or denies anyway."""
-    return wildcard is not None and (wildcard.deny or not entry.deny)
+class Changed(NamedTuple):
+    """What a change of documents touched."""
+
+    revision: int
+    subjects: frozenset[Labels]  # held ones that rules that came or went are about
+    fresh: frozenset[Network]  # prefixes that need an identity now
+    idle: frozenset[Network]  # prefixes that need none any more
 
 
-def _merge(contributions: list[_Contribution]) -> dict[L4Key, PolicyEntry]:
-    """Rows of one peer: deny beats allow on one key; the first rule in order names it."""
-    rows: dict[L4Key, tuple[bool, list[_Contribution]]] = {}
-    for c in contributions:
-        for key in c.keys:
-            deny, found = rows.setdefault(key, (c.deny, []))
-            if deny == c.deny:
-                found.append(c)
-            elif c.deny:
-                rows[key] = (True, [c])
-    block = {}
-    for key, (deny, found) in rows.items():
-        if len(found) > 1:
-            found.sort(key=lambda c: c.order)
-        ids = tuple(dict.fromkeys(c.rule_id for c in found))
-        block[key] = PolicyEntry(deny=deny, rule_id=ids[0], rules=ids)
-    return block
-
-
-class _Live:
-    """A program applied to the identities there are."""
-
-    def __init__(self, program: _Program, cache: SelectorCache) -> None:
-        self.program: Final = program
-        self.users = 0
-        self._blocks: Final[dict[int, Block]] = {}
-        self._log: list[int] = []
-        self._snapshot: MapState | None = None
-        matched: dict[int, list[int]] = {}
-        for i, selector in enumerate(program.selectors):
-            for identity in cache.acquire(selector):
-                matched.setdefault(identity, []).append(i)
-        if program.host_allow:
-            matched.setdefault(HOST, [])
-        for identity, indexes in matched.items():
-            self._put(identity, program.block(tuple(indexes), host=identity == HOST))
-        if program.wildcard:
-            self._blocks[0] = program.wildcard
-
-    def _put(self, identity: int, block: Block) -> bool:
-        before = self._blocks.get(identity)
-        if before is block or (not block and before is None):
-            return False
-        if block:
-            self._blocks[identity] = block
-        else:
-            del self._blocks[identity]
-        return before != block
-
-    def change(self, identity: int, matched: list[int]) -> bool:
-        """Set what selects an identity now. True when rows changed."""
-        host = identity == HOST
-        if not self._put(identity, self.program.block(tuple(sorted(matched)), host=host)):
-            return False
-        if len(self._log) >= _MAX_LOG:
-            self._log = []  # older snapshots compare in full from now on
-        self._log.append(identity)
-        self._snapshot = None
-        return True
-
-    def snapshot(self) -> MapState:
-        if self._snapshot is None:
-            self._snapshot = MapState(self._blocks.copy(), log=self._log, seen=len(self._log))
-        return self._snapshot
-
-
-_ProgramKey = tuple[str, tuple[int, ...], bool]
+_ProgramKey = tuple[object, ...]
 
 
 class PolicyEngine:
     """Documents and identities in; map states, verdicts and traces out.
 
-    Subjects that were resolved are kept current as identities come and go, until `forget`.
+    Subjects that were resolved are kept current as identities come and go, until `forget`. Rules
+    that change are folded in when a subject that they are about is resolved again.
     """
 
     def __init__(
@@ -277,20 +182,31 @@ class PolicyEngine:
         cluster_name: str = "default",
         *,
         rule_ids: RuleIDs | None = None,
+        enforcers: Iterable[str] = (),
     ) -> None:
         self.mode: Mode = mode
         self.allow_localhost: Final = allow_localhost
         self.cluster_name: Final = cluster_name
         self.repository: Final = Repository(rule_ids)
-        self.selectors: Final = SelectorCache()
-        self._programs: Final[dict[_ProgramKey, _Program]] = {}
-        self._subjects: Final[dict[tuple[Labels, Mode], _ProgramKey]] = {}
-        self._holders: Final[dict[_ProgramKey, set[tuple[Labels, Mode]]]] = {}
-        self._live: Final[dict[_ProgramKey, _Live]] = {}
-        # Which live programs use a selector, and under which index.
-        self._users: Final[dict[CacheSelector, dict[_ProgramKey, int]]] = {}
-        self._transient: Final[OrderedDict[tuple[Labels, Mode], _Program]] = OrderedDict()
+        self.selectors: Final[SelectorCache[Live]] = SelectorCache()
+        self._enforcers = frozenset(enforcers)
+        self._parts: Final[dict[StoredRule, RuleParts]] = {}
+        self._programs: Final[WeakValueDictionary[_ProgramKey, Program]] = WeakValueDictionary()
+        self._subjects: Final[dict[Subject, _ProgramKey]] = {}
+        self._by_labels: Final[dict[Labels, set[Subject]]] = {}
+        self._labels: Final[LabelIndex[Labels]] = LabelIndex()  # of subjects
+        self._holders: Final[dict[_ProgramKey, set[Subject]]] = {}
+        self._live: Final[dict[_ProgramKey, Live]] = {}
+        self._stale: Final[set[Subject]] = set()
+        self._transient: Final[OrderedDict[Subject, Program]] = OrderedDict()
         self._expansions: Final[dict[str, tuple[EndpointSelector, ...]]] = {}
+        self._names: Final[dict[int, PortNames]] = {}
+        self._known_names: Final[Counter[str]] = Counter()
+        self._fqdn: dict[FQDNSelector, frozenset[Network]] | None = None
+        self._services: dict[tuple[str, str], Service] | None = None
+        self._serial = 0  # of parts
+        #: Raised with everything that may change an answer.
+        self.version = 0
 
     # ---- documents
 
@@ -304,48 +220,170 @@ class PolicyEngine:
     def set_documents(self, documents: Iterable[Document]) -> int:
         """Make these the documents in force; gives the revision."""
         wanted = {document.key: document for document in documents}
-        for key in [x for x in self.repository.names() if x not in wanted]:
-            self._remove(key)
+        gone = [x for x in self.repository.names() if x not in wanted]
         # Sorted, so that the engine's state depends on the set alone.
-        for key in sorted(wanted):
-            self.upsert(wanted[key])
-        return self.revision
+        return self.apply([wanted[key] for key in sorted(wanted)], gone).revision
 
     def upsert(self, document: Document) -> int:
-        changed = self.repository.upsert(document)
-        if changed is not None:
-            self._policy_changed(changed)
-        return self.revision
+        return self.apply((document,)).revision
 
     def remove(self, kind: str, namespace: str | None, name: str) -> int:
-        self._remove(DocumentKey(str(kind), namespace or "", name))
-        return self.revision
+        return self.apply((), (DocumentKey(str(kind), namespace or "", name),)).revision
 
-    def _remove(self, key: DocumentKey) -> None:
-        changed = self.repository.delete(key.kind, key.namespace, key.name)
-        if changed is not None:
-            self._policy_changed(changed)
+    def apply(self, puts: Iterable[Document], removed: Iterable[DocumentKey] = ()) -> Changed:
+        """Put documents in and take others out. Costs what it changes."""
+        subjects: set[Labels] = set()
+        fresh: set[Network] = set()
+        idle: set[Network] = set()
+        changes = [self.repository.delete(x.kind, x.namespace, x.name) for x in removed]
+        changes += [self.repository.upsert(document) for document in puts]
+        for change in changes:
+            if change is None:
+                continue
+            fresh |= change.fresh
+            idle = (idle - change.fresh) | change.idle
+            fresh -= change.idle
+            for stored in change.gone:
+                self._parts.pop(stored, None)
+            if change.moved:
+                self._parts.clear()
+                subjects.update(self._by_labels)
+            else:
+                for stored in (*change.gone, *change.came):
+                    subjects.update(self._subjects_of(stored.rule))
+        if any(change is not None for change in changes):
+            self._unlearn(subjects)
+        return Changed(self.revision, frozenset(subjects), frozenset(fresh), frozenset(idle))
 
-    def _policy_changed(self, rules: tuple[StoredRule, ...]) -> None:
-        """Unlearn every subject that one of these rules is about."""
+    def _subjects_of(self, rule: Rule) -> Iterator[Labels]:
+        """The held subjects that a rule is about."""
+        for labels in self._labels.candidates(rule.selector, self._by_labels.keys()):
+            if rule.node is is_node(labels) and rule.selector.matches(labels):
+                yield labels
+
+    def _unlearn(self, subjects: Iterable[Labels]) -> None:
+        """What rules say of these must be looked at again."""
+        self.version += 1
         self._transient.clear()
-        everyone = self.repository.moved
-        for held in [
-            x
-            for x in self._subjects
-            if everyone or any(r.rule.selector.matches(x[0]) for r in rules)
-        ]:
-            self._let_go(held)
-        if everyone:
-            self._programs.clear()
+        for labels in subjects:
+            self._stale.update(self._by_labels[labels])
+
+    def _rules_changed(self, concerned: Callable[[Rule], bool]) -> frozenset[Labels]:
+        """Rules say something else now than they did, though their text is the same."""
+        subjects: set[Labels] = set()
+        for stored in self.repository.rules():
+            if concerned(stored.rule):
+                self._parts.pop(stored, None)
+                subjects.update(self._subjects_of(stored.rule))
+        self._unlearn(subjects)
+        return frozenset(subjects)
 
     def cidr_prefixes(self) -> frozenset[Network]:
-        """The prefixes that need an identity on this node, so that rows can tell them."""
-        return self.repository.prefixes()
+        """The prefixes that need an identity on this node, so that rows can tell them: those that
+        rules name, and those that the tables of names and services give."""
+        found = self.repository.prefixes()
+        if self._fqdn:
+            found = found.union(*self._fqdn.values())
+        if self._services:
+            found = found.union(*(x.backends for x in self._services.values()))
+        return found
 
     def rule(self, rule_id: int) -> RuleInfo:
         """Where the rule of this number was written. Raises KeyError."""
         return self.repository.ids.ref(rule_id)
+
+    # ---- what rules need besides documents
+
+    @property
+    def enforcers(self) -> frozenset[str]:
+        """The L7 parsers that somebody enforces; port rules of others allow nothing."""
+        return self._enforcers
+
+    @enforcers.setter
+    def enforcers(self, parsers: Iterable[str]) -> None:
+        self.set_enforcers(parsers)
+
+    def set_enforcers(self, parsers: Iterable[str]) -> frozenset[Labels]:
+        """Gives the subjects whom it concerns."""
+        found = frozenset(parsers)
+        changed, self._enforcers = found ^ self._enforcers, found
+        if not changed:
+            return frozenset()
+
+        def concerned(rule: Rule) -> bool:
+            ports = (port for x in rule.elements for port in x.ports or ())
+            return any(port.l7 is not None and port.l7.parser in changed for port in ports)
+
+        return self._rules_changed(concerned) | self._looking()
+
+    def _looking(self) -> frozenset[Labels]:
+        """The subjects with visibility, for whom L7 comes in without a rule."""
+        found = frozenset(x.labels for x in self._subjects if x.visibility)
+        self._unlearn(found)
+        return found
+
+    def set_fqdn(
+        self, selector: FQDNSelector | None, networks: Iterable[Network] = ()
+    ) -> frozenset[Labels]:
+        """The addresses (as /32 and /128) that DNS gave for a selector, all of them.
+
+        None only says that there is a DNS table: names that were never asked for are then no part
+        that nobody enforces. Gives the subjects whom it concerns. Addresses need identities, like
+        the prefixes of rules (`cidr_prefixes`).
+        """
+        first = self._fqdn is None
+        table = self._fqdn = self._fqdn if self._fqdn is not None else {}
+        wanted = frozenset(networks)
+        if selector is None or table.get(selector, frozenset()) == wanted:
+            if not first:
+                return frozenset()
+        elif wanted:
+            table[selector] = wanted
+        else:
+            table.pop(selector, None)
+
+        def concerned(rule: Rule) -> bool:
+            peers = (peer for x in rule.elements for peer in x.peers or ())
+            return any(
+                peer == selector if not first else isinstance(peer, FQDNSelector) for peer in peers
+            )
+
+        return self._rules_changed(concerned)
+
+    def set_services(self, services: Iterable[Service]) -> frozenset[Labels]:
+        """All services there are; gives the subjects whom the difference concerns."""
+        table = {(x.namespace, x.name): x for x in services}
+        if table == self._services:
+            return frozenset()
+        self._services = table
+
+        def concerned(rule: Rule) -> bool:
+            peers = (peer for x in rule.elements for peer in x.peers or ())
+            return any(isinstance(peer, ServiceSelector) for peer in peers)
+
+        return self._rules_changed(concerned)
+
+    def set_port_names(
+        self, identity: int, names: Mapping[str, tuple[int, int]] | PortNames
+    ) -> frozenset[Labels]:
+        """What endpoints of an identity call their ports, {name: (port, protocol number)}, for
+        rules about going there; gives the subjects whose map state changed."""
+        wanted = port_names(names)
+        old = self._names.get(identity, ())
+        if old == wanted:
+            return frozenset()
+        self.version += 1
+        self._known_names.subtract(x[0] for x in old)
+        self._known_names.update(x[0] for x in wanted)
+        if wanted:
+            self._names[identity] = wanted
+        else:
+            del self._names[identity]
+        changed: set[Labels] = set()
+        for key, live in self._live.items():
+            if live.program.uses_names and live.rename(identity):
+                changed.update(x.labels for x in self._holders[key])
+        return frozenset(changed)
 
     # ---- identities
 
@@ -355,7 +393,9 @@ class PolicyEngine:
         The same again changes nothing; with other labels it replaces the identity.
         """
         known = self.selectors.labels(identity)
-        if known is not None and known != labels:
+        if known == labels:
+            return frozenset()
+        if known is not None:
             gone = self.remove_identity(identity)
             return gone | self.add_identity(identity, labels)
         return self._identity_changed(identity, self.selectors.add_identity(identity, labels))
@@ -367,27 +407,38 @@ class PolicyEngine:
     def _identity_changed(
         self, identity: int, selectors: tuple[CacheSelector, ...], *, gone: bool = False
     ) -> frozenset[Labels]:
-        matched: dict[_ProgramKey, list[int]] = {}
+        self.version += 1
+        matched: dict[Live, list[int]] = {}
         for selector in selectors:
-            for key, index in self._users.get(selector, {}).items():
-                matched.setdefault(key, []).append(index)
+            for live, slot in self.selectors.users(selector).items():
+                matched.setdefault(live, []).append(slot)
         changed: set[Labels] = set()
-        for key, indexes in matched.items():
-            if self._live[key].change(identity, [] if gone else indexes):
-                changed.update(subject for subject, _ in self._holders[key])
+        for live, slots in matched.items():
+            if live.change(identity, () if gone else slots):
+                changed.update(x.labels for x in self._holders[live.key])
         return frozenset(changed)
 
     # ---- resolution
 
     def resolve(
-        self, subject: Labels, *, mode: Mode | None = None, audit: bool = False
+        self,
+        subject: Labels,
+        *,
+        mode: Mode | None = None,
+        audit: bool = False,
+        named_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
+        visibility: Iterable[PortRule] = (),
     ) -> ResolvedPolicy:
         """What policy means for a subject. Cheap when nothing changed; held until `forget`.
 
-        Audit changes no row: the kernel reports instead of dropping (EP_F_AUDIT).
+        `audit` is the endpoint's own: it changes no row, for the kernel then reports instead of
+        dropping (EP_F_AUDIT). `named_ports` are the subject's, {name: (port, protocol number)}.
+        `visibility` shows traffic of a direction to proxies where policy isolates nobody; each
+        port rule's path is "ingress" or "egress". A subject with `reserved:host` is a node.
         """
-        effective = mode or self.mode
-        held = (subject, effective)
+        held = Subject(subject, mode or self.mode, port_names(named_ports), tuple(visibility))
+        if held in self._stale:
+            self._refresh(held)
         key = self._subjects.get(held)
         if key is None:
             key = self._hold(held)
@@ -395,7 +446,7 @@ class PolicyEngine:
         program = live.program
         return ResolvedPolicy(
             subject=subject,
-            mode=effective,
+            mode=held.mode,
             audit=audit,
             revision=self.revision,
             ingress_enforced=program.ingress_enforced,
@@ -403,117 +454,210 @@ class PolicyEngine:
             mapstate=live.snapshot(),
             default_deny_ingress=program.default_deny[False],
             default_deny_egress=program.default_deny[True],
-            unenforced=program.unenforced,
+            audited_ingress=program.audited[False],
+            audited_egress=program.audited[True],
+            unenforced=(*live.unenforced(), *self._unnamed(program)),
         )
+
+    def _unnamed(self, program: Program) -> Iterator[Unenforced]:
+        for ref, name in program.peer_ports:
+            if self._known_names[name] <= 0:
+                yield Unenforced(ref, f"no endpoint has a port named {name!r}")
 
     def forget(self, subject: Labels) -> None:
         """Stop keeping a subject current: no endpoint has these labels any more."""
-        for held in [x for x in self._subjects if x[0] == subject]:
+        for held in list(self._by_labels.get(subject, ())):
             self._let_go(held)
 
-    def _hold(self, held: tuple[Labels, Mode]) -> _ProgramKey:
-        key, rules = self._rules(*held)
-        live = self._live.get(key)
-        if live is None:
-            program = self._programs.get(key) or self._compile(key, rules)
+    def _hold(self, held: Subject) -> _ProgramKey:
+        key, rules = self._rules(held)
+        if key not in self._live:
+            program = self._programs.get(key) or self._compile(key, held, rules)
             self._programs[key] = program
-            live = self._live[key] = _Live(program, self.selectors)
-            for i, selector in enumerate(program.selectors):
-                self._users.setdefault(selector, {})[key] = i
-        self._subjects[held] = key
-        self._holders.setdefault(key, set()).add(held)
+            live = self._live[key] = Live(program, self.selectors, self._names)
+            live.key = key
+        self._enter(held, key)
         return key
 
-    def _let_go(self, held: tuple[Labels, Mode]) -> None:
+    def _enter(self, held: Subject, key: _ProgramKey) -> None:
+        self._subjects[held] = key
+        self._holders.setdefault(key, set()).add(held)
+        if held.labels not in self._by_labels:
+            self._labels.add(held.labels, held.labels)
+        self._by_labels.setdefault(held.labels, set()).add(held)
+
+    def _let_go(self, held: Subject) -> None:
+        self._stale.discard(held)
+        of_labels = self._by_labels[held.labels]
+        of_labels.discard(held)
+        if not of_labels:
+            del self._by_labels[held.labels]
+            self._labels.remove(held.labels, held.labels)
+        self._leave(held)
+
+    def _leave(self, held: Subject) -> None:
         key = self._subjects.pop(held)
         holders = self._holders[key]
         holders.discard(held)
-        if holders:
+        if not holders:
+            del self._holders[key]
+            self._live.pop(key).close()
+
+    def _refresh(self, held: Subject) -> None:
+        """Fold changed rules in. Where all who share a live map agree on what it is to become, and
+        none is there yet, the map itself is changed; otherwise the subject moves to another."""
+        key = self._subjects[held]
+        group = self._holders[key]
+        self._stale.discard(held)
+        wanted, rules = self._rules(held)
+        together = wanted == key or (
+            wanted not in self._live
+            and all(x is held or (x in self._stale and self._rules(x)[0] == wanted) for x in group)
+        )
+        if not together:
+            self._leave(held)
+            self._hold(held)
             return
-        del self._holders[key]
+        self._stale.difference_update(group)
+        program = self._compile(wanted, held, rules)
         live = self._live.pop(key)
-        self._programs.pop(key, None)
-        for selector in live.program.selectors:
-            self.selectors.release(selector)
-            users = self._users[selector]
-            del users[key]
-            if not users:
-                del self._users[selector]
+        self._live[wanted] = live
+        live.key = wanted
+        self._holders[wanted] = self._holders.pop(key)
+        for x in self._holders[wanted]:
+            self._subjects[x] = wanted
+        self._programs[wanted] = program
+        live.update(program)
 
-    def _rules(self, subject: Labels, mode: Mode) -> tuple[_ProgramKey, tuple[StoredRule, ...]]:
-        rules = () if mode == "never" else self.repository.rules_for(subject)
-        init = subject.get("init", SOURCE_RESERVED) is not None
-        return (mode, tuple(x.serial for x in rules), init), rules
+    def _rules(self, held: Subject) -> tuple[_ProgramKey, tuple[StoredRule, ...]]:
+        node = held.node
+        rules: tuple[StoredRule, ...] = ()
+        if held.mode != "never":
+            rules = self.repository.rules_for(held.labels, node=node)
+        init = held.labels.get("init", SOURCE_RESERVED) is not None
+        wanted = frozenset().union(*(self._parts_of(x).port_names for x in rules))
+        names = tuple(x for x in held.names if x[0] in wanted)
+        shown = (held.visibility, self._enforcers) if held.visibility else ()
+        parts = tuple(self._parts_of(x).serial for x in rules)
+        return (held.mode, parts, init, node, names, shown), rules
 
-    def _program(self, subject: Labels, mode: Mode) -> _Program:
+    def _parts_of(self, stored: StoredRule) -> RuleParts:
+        found = self._parts.get(stored)
+        if found is None:
+            self._serial += 1
+            found = rule_parts(stored, self.repository.ids, self._enforcers, self._serial)
+            self._parts[stored] = found
+        return found
+
+    def _program(self, held: Subject) -> Program:
         """A subject's program for a question: the live one, or one kept for a while."""
-        held = (subject, mode)
+        if held in self._stale:
+            self._refresh(held)
         key = self._subjects.get(held)
         if key is not None:
             return self._live[key].program
         program = self._transient.get(held)
         if program is None:
-            new_key, rules = self._rules(subject, mode)
-            live = self._live.get(new_key)
-            program = live.program if live is not None else self._compile(new_key, rules)
+            new_key, rules = self._rules(held)
+            known = self._programs.get(new_key)
+            program = known if known is not None else self._compile(new_key, held, rules)
+            self._programs[new_key] = program
             self._transient[held] = program
             if len(self._transient) > _MAX_TRANSIENT:
                 self._transient.popitem(last=False)
         return program
 
-    def _compile(self, key: _ProgramKey, rules: tuple[StoredRule, ...]) -> _Program:
-        mode, _, init = key
+    def _compile(self, key: _ProgramKey, held: Subject, rules: tuple[StoredRule, ...]) -> Program:
+        init = held.labels.get("init", SOURCE_RESERVED) is not None
+        parts = [self._parts_of(x) for x in rules]
         sources: tuple[list[RuleRef], list[RuleRef]] = ([], [])
+        audited: tuple[list[RuleRef], list[RuleRef]] = ([], [])
         requires: dict[tuple[bool, bool], list[Requirement]] = {}
-        ids = self.repository.ids
-        for stored in rules:
-            for direction in (False, True):
-                if (isolation := stored.rule.isolates(direction)) is not None:
-                    sources[direction].append(
-                        ids.ref(ids.number(stored.document.key, isolation[0]))
-                    )
-            for x in stored.rule.elements:
-                for required in x.requires or ():
-                    requires.setdefault((x.egress, x.deny), []).extend(required.requirements)
-        always = mode == "always" or (mode == "default" and init)
-        enforced = (always or bool(sources[False]), always or bool(sources[True]))
-        found: dict[CacheSelector, list[_Contribution]] = {}
-        wildcard: list[_Contribution] = []
         unenforced: list[Unenforced] = []
-        order = 0
-        for stored in rules:
-            for x in stored.rule.elements:
-                number = ids.number(stored.document.key, x.path)
-                unenforced += _unenforced(x, ids.ref(number))
-                if x.grants_nothing:
+        for x in parts:
+            for direction in (False, True):
+                if (ref := x.isolates[direction]) is not None:
+                    (audited if x.audit else sources)[direction].append(ref)
+            for side, required in x.requires:
+                requires.setdefault(side, []).extend(required)
+            unenforced += x.unenforced
+        # A node is isolated by rules about it and by nothing else: a mode must lock nobody out.
+        always = not held.node and (held.mode == "always" or (held.mode == "default" and init))
+        enforced = (always or bool(sources[False]), always or bool(sources[True]))
+        found: dict[CacheSelector, list[Contribution]] = {}
+        everyone: list[Contribution] = []
+        for x, stored in zip(parts, rules, strict=True):
+            for part, said in zip(x.parts, x.contributions(held.names), strict=True):
+                if not said:
                     continue
-                order += 1
-                contribution = _Contribution(x.deny, _keys(x), number, order)
-                if x.peers is None:
-                    wildcard.append(contribution)
+                if part.peers is None:
+                    self._say_of_everyone(said, everyone, found)
                     continue
-                extra = requires.get((x.egress, x.deny), [])
-                for peer in x.peers:
+                extra = requires.get((part.egress, part.deny), [])
+                for peer in part.peers:
                     for selector in self._expand(peer, extra):
                         if isinstance(selector, EndpointSelector) and selector.wildcard:
-                            wildcard.append(contribution)
+                            self._say_of_everyone(said, everyone, found)
                         else:
-                            found.setdefault(selector, []).append(contribution)
-        everyone = _merge(wildcard)
-        for egress in (False, True):
-            row = any_l4(egress)
-            if not enforced[egress] and row not in everyone:
-                everyone[row] = _IMPLICIT
-        return _Program(
+                            found.setdefault(selector, []).extend(said)
+            unenforced += self._missing(stored, x, held)
+        for rule in held.visibility:
+            egress = rule.path == "egress"
+            if rule.l7 is None or rule.l7.parser not in self._enforcers or enforced[egress]:
+                continue
+            keys = tuple(k for l4 in rule.l4 for k in l4_keys(egress, l4))
+            everyone.append(Contribution(False, False, keys, NO_RULE, (_LAST,), rule.l7))
+        return Program(
+            ids=self.repository.ids,
             ingress_enforced=enforced[False],
             egress_enforced=enforced[True],
-            selectors=tuple(found),
-            contributions=tuple(tuple(x) for x in found.values()),
-            wildcard=everyone,
-            host_allow=self.allow_localhost and enforced[False],
+            selectors={selector: tuple(dict.fromkeys(said)) for selector, said in found.items()},
+            everyone=tuple(dict.fromkeys(everyone)),
+            host_allow=self.allow_localhost and enforced[False] and not held.node,
             default_deny=(tuple(sources[False]), tuple(sources[True])),
-            unenforced=tuple(unenforced),
+            audited=(
+                () if enforced[False] else tuple(audited[False]),
+                () if enforced[True] else tuple(audited[True]),
+            ),
+            unenforced=tuple(sorted(set(unenforced), key=lambda x: (x.rule.policy, x.rule.path))),
+            peer_ports=tuple(dict.fromkeys(x for part in parts for x in part.peer_ports)),
         )
+
+    @staticmethod
+    def _say_of_everyone(
+        said: Iterable[Contribution],
+        everyone: list[Contribution],
+        found: dict[CacheSelector, list[Contribution]],
+    ) -> None:
+        for c in said:
+            # What a port's name means is each peer's own affair.
+            (found.setdefault(EVERYBODY, []) if c.named else everyone).append(c)
+
+    def _missing(self, stored: StoredRule, parts: RuleParts, held: Subject) -> Iterator[Unenforced]:
+        """What of a rule allows nothing, for want of a table or of a name."""
+        number = self.repository.ids.number
+        for x in stored.rule.elements:
+            whys: dict[str, None] = {}
+            for peer in x.peers or ():
+                match peer:
+                    case AbsentSelector(what):
+                        whys[f"{what} is not resolved yet"] = None
+                    case FQDNSelector() if self._fqdn is None:
+                        whys["toFQDNs needs DNS answers, and nobody watches DNS"] = None
+                    case ServiceSelector() if self._services is None:
+                        whys["toServices needs services, and nobody watches them"] = None
+                    case _:
+                        pass
+            for rule in x.ports or ():
+                for port in rule.named:
+                    if not x.egress and not any(
+                        name == port.name and port.proto in (0, proto)
+                        for name, _, proto in held.names
+                    ):
+                        whys[f"the endpoint has no port named {port.name!r}"] = None
+            if whys:
+                ref = self.repository.ids.ref(number(stored.document.key, x.path))
+                yield from (Unenforced(ref, why) for why in whys)
 
     def _expand(self, peer: PeerSelector, requires: list[Requirement]) -> tuple[CacheSelector, ...]:
         match peer:
@@ -524,7 +668,22 @@ class PolicyEngine:
                 if found is None:
                     found = self._expansions[entity] = peer.expand(self.cluster_name)
                 return found
-            case AbsentSelector() | FQDNSelector() | ServiceSelector():
+            case FQDNSelector():
+                addresses = (self._fqdn or {}).get(peer, frozenset())
+                return tuple(map(CidrSelector, sorted(addresses, key=str)))
+            case ServiceSelector():
+                backends: set[Network] = set()
+                for service in (self._services or {}).values():
+                    if peer.namespace not in ("", service.namespace):
+                        continue
+                    if (
+                        peer.selector.matches(service.labels)
+                        if peer.selector is not None
+                        else peer.name == service.name
+                    ):
+                        backends |= service.backends
+                return tuple(map(CidrSelector, sorted(backends, key=str)))
+            case AbsentSelector():
                 return ()
             case _:
                 return (peer,)
@@ -544,34 +703,67 @@ class PolicyEngine:
         port: int = 0,
         *,
         mode: Mode | None = None,
+        named_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
+        peer_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
     ) -> Verdict:
         """Whether a subject may talk with a peer, and why.
 
         `direction` is the subject's; `proto` a number or a name; `port` the destination port, of
-        ICMP the type. A peer may be an identity the engine knows, or labels. Raises KeyError for an
-        identity it does not know, ValueError for a protocol or port that is none.
+        ICMP the type. A peer may be an identity the engine knows, or labels. `named_ports` are the
+        subject's, {name: (port, protocol number)}, `peer_ports` the peer's (of an identity, by
+        default, those that were set). Raises KeyError for an identity it does not know, ValueError
+        for a protocol or port that is none.
         """
         egress = direction == "egress"
         number = _protocol(proto)
         if not 0 <= port <= 65535:
             raise ValueError(f"port {port} is outside 0 to 65535")
-        program = self._program(subject, mode or self.mode)
+        program = self._program(Subject(subject, mode or self.mode, port_names(named_ports)))
         labels = peer if isinstance(peer, Labels) else self.selectors.labels(peer)
         if labels is None:
             raise KeyError(f"identity {peer} is not known")
-        own = program.block_of(labels)
+        names = port_names(peer_ports)
+        if peer_ports is None and not isinstance(peer, Labels):
+            names = self._names.get(peer, ())
+        own = program.block_of(labels, names)
         match = lookup_blocks(own, program.wildcard, -1, egress, number, port)
         return self._explain(program, subject, peer, labels, egress, number, port, match, mode)
 
+    def judges(self, labels: Labels) -> bool:
+        """Whether policy judges the traffic of such a peer: an endpoint, or a node that rules are
+        about."""
+        if is_node(labels):
+            return bool(self.repository.rules_for(labels, node=True))
+        return is_subject(labels)
+
     def trace(
-        self, src: Labels, dst: Labels, proto: int | str, port: int = 0, *, mode: Mode | None = None
+        self,
+        src: Labels,
+        dst: Labels,
+        proto: int | str,
+        port: int = 0,
+        *,
+        mode: Mode | None = None,
+        dst_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
     ) -> Trace:
-        """Both ends' verdicts about one connection."""
+        """Both ends' verdicts about one connection. `dst_ports`: what the destination calls its
+        ports, {name: (port, protocol number)}."""
         verdicts = []
         for subject, peer, direction in ((src, dst, "egress"), (dst, src, "ingress")):
-            if is_subject(subject):
+            if self.judges(subject):
                 egress: Direction = "egress" if direction == "egress" else "ingress"
-                verdicts.append(self.verdict(subject, peer, egress, proto, port, mode=mode))
+                verdicts.append(
+                    self.verdict(
+                        subject,
+                        peer,
+                        egress,
+                        proto,
+                        port,
+                        mode=mode,
+                        named_ports=dst_ports if direction == "ingress" else None,
+                        peer_ports=dst_ports or () if direction == "egress" else (),
+                    )
+                )
             else:
                 reason = f"{describe(subject)} is no endpoint, so no policy judges its {direction}."
                 verdicts.append(Verdict(allowed=True, enforced=False, reason=reason))
@@ -579,7 +771,7 @@ class PolicyEngine:
 
     def _explain(
         self,
-        program: _Program,
+        program: Program,
         subject: Labels,
         peer: int | Labels,
         labels: Labels,
@@ -614,6 +806,17 @@ class PolicyEngine:
                 reason = f"{what}: denied by default: {why}."
         elif match.entry.deny:
             reason = f"{what}: denied by {by}."
+        elif match.entry.audit:
+            reason = (
+                f"{what}: allowed, but reported: {by} would deny it, and only audits."
+                if match.entry.rule_id
+                else f"{what}: allowed, but reported: it would be denied by default, because of "
+                f"{by}, which only audits."
+            )
+        elif match.entry.l7 is not None and not match.entry.l7.allows_all:
+            reason = (
+                f"{what}: requests are allowed as the {match.entry.l7.parser} rules say of {by}."
+            )
         elif rules:
             reason = f"{what}: allowed by {by}."
         elif not enforced:
@@ -633,6 +836,8 @@ class PolicyEngine:
             default_deny=sources,
             match_type=match.key.match_type if match is not None else MATCH_NONE,
             deny=match is not None and match.entry.deny,
+            audit=match is not None and match.entry.audit,
+            l7=match.entry.l7 if match is not None else None,
         )
 
 
@@ -643,57 +848,52 @@ class Preview:
     """
 
     def __init__(self, engine: PolicyEngine, documents: Iterable[Document]) -> None:
-        self._known: Final = engine.selectors
+        self._engine: Final = engine
         self._scratch: Final = PolicyEngine(
-            engine.mode, engine.allow_localhost, engine.cluster_name
+            engine.mode, engine.allow_localhost, engine.cluster_name, enforcers=engine.enforcers
         )
+        self._scratch._fqdn, self._scratch._services = engine._fqdn, engine._services
         for document in documents:
             self._scratch.repository.upsert(document)
 
     def cidr_prefixes(self) -> frozenset[Network]:
-        return self._scratch.cidr_prefixes()
+        return self._scratch.repository.prefixes()
 
-    def rows(self, subject: Labels, *, mode: Mode, more: Iterable[Labels] = ()) -> int:
+    def policy(self, subject: Labels, *, mode: Mode | None = None) -> tuple[bool, bool]:
+        """Whether the subject would be isolated, on ingress and on egress."""
+        program = self._program(Subject(subject, mode or self._scratch.mode))
+        return program.ingress_enforced, program.egress_enforced
+
+    def _program(self, held: Subject) -> Program:
+        key, rules = self._scratch._rules(held)
+        return self._scratch._compile(key, held, rules)
+
+    def rows(
+        self,
+        subject: Labels,
+        *,
+        mode: Mode,
+        named_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
+        more: Iterable[Labels] = (),
+    ) -> int:
         """The rows of a subject's map state, with an identity each for `more` label sets."""
-        key, rules = self._scratch._rules(subject, mode)
-        program = self._scratch._compile(key, rules)
-        matched: dict[int, list[int]] = {}
-        for i, selector in enumerate(program.selectors):
-            for identity in self._known.search(selector):
-                matched.setdefault(identity, []).append(i)
+        program = self._program(Subject(subject, mode, port_names(named_ports)))
+        known, names = self._engine.selectors, self._engine._names
+        matched: dict[int, list[Contribution]] = {}
+        for selector, said in program.selectors.items():
+            for identity in known.search(selector):
+                matched.setdefault(identity, []).extend(said)
         if program.host_allow:
             matched.setdefault(HOST, [])
+        sizes: dict[object, int] = {}
         count = len(program.wildcard)
-        for identity, indexes in matched.items():
-            count += len(program.block(tuple(indexes), host=identity == HOST))
+        for identity, found in matched.items():
+            of = names.get(identity, ()) if program.uses_names else ()
+            key = (tuple(map(id, found)), of, identity == HOST)
+            if key not in sizes:
+                sizes[key] = len(program.block(found, of, identity == HOST)[0])
+            count += sizes[key]
         return count + sum(len(program.block_of(labels)) for labels in more)
-
-
-def _keys(element: Element) -> tuple[L4Key, ...]:
-    if element.l4 is None:
-        return (any_l4(element.egress),)
-    return tuple(dict.fromkeys(key for l4 in element.l4 for key in l4_keys(element.egress, l4)))
-
-
-def _unenforced(element: Element, ref: RuleRef) -> Iterable[Unenforced]:
-    if element.unenforced:
-        yield Unenforced(ref, element.unenforced)
-    for rule in element.ports or ():
-        for why in unenforced_parts(rule):
-            yield Unenforced(ref, why)
-    names: dict[str, None] = {}
-    for peer in element.peers or ():
-        match peer:
-            case AbsentSelector(what):
-                names[what] = None
-            case FQDNSelector():
-                names["toFQDNs"] = None
-            case ServiceSelector():
-                names["toServices"] = None
-            case _:
-                pass
-    for name in names:
-        yield Unenforced(ref, f"{name} is not resolved yet")
 
 
 def _protocol(proto: int | str) -> int:
@@ -737,6 +937,11 @@ def describe(labels: Labels) -> str:
     return (
         text if namespace is None or namespace.value == "default" else f"{namespace.value}/{text}"
     )
+
+
+def is_node(labels: Labels) -> bool:
+    """Whether these are a node's own labels: `reserved:host`, and others that name it."""
+    return is_host(labels)
 
 
 def is_subject(labels: Labels) -> bool:

@@ -6,17 +6,20 @@ with the identity.
 
 A map state is a snapshot. Its rows are kept per identity in blocks that are shared: peers that the
 same selectors match have the same rows, so thousands of identities cost thousands of pointers, not
-of rows.
+of rows. Snapshots of one live map copy nothing: they share its newest blocks, and what changed
+since one was taken is found in a journal of the blocks that were replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
+from weakref import WeakSet
 
 from cilia.policy.api import L4, MAX_PORT, RuleID
+from cilia.policy.l7 import L7Set
 
 ANY_IDENTITY: Final = 0
 PLEN_ANY: Final = 0
@@ -58,12 +61,22 @@ class PolicyKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
-    """One row's value. rule_id 0: an implicit allow. `rules`: all that say the same."""
+    """One row's value. rule_id 0: an implicit allow. `rules`: all that say the same.
+
+    `l7`: allowed only through the proxy that enforces this. `audit`: allowed, and reported as what
+    policy would deny: by `rules`, which only audit, or where rule_id is 0 by default, because the
+    subject is isolated by rules that only audit.
+    """
 
     deny: bool
     rule_id: RuleID
-    proxy_port: int = 0
     rules: tuple[RuleID, ...] = ()
+    l7: L7Set | None = None
+    audit: bool = False
+
+    def same_effect(self, other: PolicyEntry) -> bool:
+        """Whether a packet fares alike, whichever rules decided."""
+        return (self.deny, self.audit, self.l7) == (other.deny, other.audit, other.l7)
 
 
 class L4Key(NamedTuple):
@@ -146,6 +159,87 @@ def lookup_blocks(
 _EMPTY: Final[Block] = {}
 
 
+class Shape(NamedTuple):
+    """What is known of a map as a whole."""
+
+    size: int  # rows
+    # (plens_id, plens_any) of struct policy_meta, each (ingress, egress), without HAS_DENY
+    masks: tuple[tuple[int, int], tuple[int, int]]
+    has_deny: bool
+
+
+def shape_of(blocks: Mapping[int, Block]) -> Shape:
+    distinct = {id(block): block for identity, block in blocks.items() if identity}
+    mine, any_ = [0, 0], [0, 0]
+    for block in distinct.values():
+        for key in block:
+            mine[key.egress] |= 1 << key.plen
+    everyone = blocks.get(ANY_IDENTITY, _EMPTY)
+    for key in everyone:
+        any_[key.egress] |= 1 << key.plen
+    return Shape(
+        sum(map(len, blocks.values())),
+        ((mine[0], mine[1]), (any_[0], any_[1])),
+        any(e.deny for block in (*distinct.values(), everyone) for e in block.values()),
+    )
+
+
+class Journal:
+    """A map's blocks as they are now, and what each change replaced.
+
+    Bounded: when it grows long, the older half is dropped, and snapshots that reach back further
+    get a copy of what they need.
+    """
+
+    LIMIT: Final = 1 << 14
+
+    def __init__(self) -> None:
+        self.blocks: Final[dict[int, Block]] = {}  # none of them empty
+        self._replaced: Final[list[tuple[int, Block]]] = []
+        self._base = 0  # version of the first entry
+        self._snapshots: Final[WeakSet[MapState]] = WeakSet()
+
+    @property
+    def version(self) -> int:
+        return self._base + len(self._replaced)
+
+    def put(self, identity: int, block: Block) -> None:
+        before = self.blocks.get(identity, _EMPTY)
+        if before is block:
+            return
+        if block:
+            self.blocks[identity] = block
+        else:
+            self.blocks.pop(identity, None)
+        if not self._snapshots:  # nobody looks back
+            self._base += 1 + len(self._replaced)
+            self._replaced.clear()
+            return
+        self._replaced.append((identity, before))
+        if len(self._replaced) > max(self.LIMIT, 2 * len(self.blocks)):
+            self._trim(len(self._replaced) // 2)
+
+    def _trim(self, count: int) -> None:
+        for snapshot in list(self._snapshots):
+            if snapshot.version < self._base + count:
+                snapshot.detach()
+        del self._replaced[:count]
+        self._base += count
+
+    def snapshot(self, shape: Shape) -> MapState:
+        state = MapState({}, journal=self, shape=shape)
+        self._snapshots.add(state)
+        return state
+
+    def since(self, version: int) -> list[tuple[int, Block]]:
+        """What was replaced since, oldest first. The version must be that of a snapshot."""
+        return self._replaced[version - self._base :] if version != self.version else []
+
+    def between(self, low: int, high: int) -> set[int]:
+        """The identities whose block was replaced from one version to a later one."""
+        return {x for x, _ in self._replaced[low - self._base : high - self._base]}
+
+
 class MapState(Mapping[PolicyKey, PolicyEntry]):
     """The rows of one policy map, as a read-only mapping; `len` is the room they need."""
 
@@ -153,55 +247,74 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         self,
         blocks: Mapping[int, Block],
         *,
-        log: Sequence[int] | None = None,
-        seen: int = 0,
+        journal: Journal | None = None,
+        shape: Shape | None = None,
     ) -> None:
-        self._blocks: Final = blocks
-        # The journal of identities that changed, shared by the snapshots of one live state, and how
-        # much of it this snapshot has seen: between two of them only those identities can differ.
-        self._log: Final = log
-        self._seen: Final = seen
+        # With a journal: only the blocks that were replaced since; the others are the journal's.
+        self._own: dict[int, Block] = dict(blocks)
+        self._journal = journal
+        self.version: Final = journal.version if journal is not None else 0
+        self._read = self.version
+        self._shape = shape
+
+    __hash__ = object.__hash__
 
     @cached_property
-    def _size(self) -> int:
-        return sum(map(len, self._blocks.values()))
+    def shape(self) -> Shape:
+        return self._shape or shape_of(self._blocks())
+
+    def detach(self) -> None:
+        """Stand alone, without the journal."""
+        blocks = dict(self._blocks())
+        self._journal, self._own = None, blocks
+
+    def _refresh(self) -> Journal | None:
+        """Fetch what was replaced since the last look."""
+        journal = self._journal
+        if journal is not None and self._read != journal.version:
+            for identity, block in journal.since(self._read):
+                self._own.setdefault(identity, block)
+            self._read = journal.version
+        return journal
+
+    def _blocks(self) -> Mapping[int, Block]:
+        journal = self._refresh()
+        if journal is None:
+            return self._own
+        if not self._own:
+            return journal.blocks
+        return {k: block for k, block in {**journal.blocks, **self._own}.items() if block}
 
     def __len__(self) -> int:
-        return self._size
+        return self.shape.size
 
     def __iter__(self) -> Iterator[PolicyKey]:
-        for identity, block in self._blocks.items():
+        for identity, block in self._blocks().items():
             for key in block:
                 yield PolicyKey(identity, *key)
 
     def __getitem__(self, key: PolicyKey) -> PolicyEntry:
-        return self._blocks[key.identity][L4Key(*key[1:])]
+        return self.block(key.identity)[L4Key(*key[1:])]
 
     def identities(self) -> frozenset[int]:
         """The peers that have rows of their own; 0 stands for everyone."""
-        return frozenset(self._blocks)
+        return frozenset(self._blocks())
 
     def block(self, identity: int) -> Block:
-        return self._blocks.get(identity, _EMPTY)
+        journal = self._refresh()
+        found = self._own.get(identity)
+        if found is None and journal is not None:
+            found = journal.blocks.get(identity)
+        return found if found is not None else _EMPTY
 
-    @cached_property
+    @property
     def has_deny(self) -> bool:
-        distinct = {id(block): block for block in self._blocks.values()}
-        return any(entry.deny for block in distinct.values() for entry in block.values())
+        return self.shape.has_deny
 
-    @cached_property
+    @property
     def masks(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(plens_id, plens_any) of struct policy_meta, each (ingress, egress), without HAS_DENY."""
-        distinct = {
-            id(block): block for identity, block in self._blocks.items() if identity
-        }.values()
-        mine, any_ = [0, 0], [0, 0]
-        for block in distinct:
-            for key in block:
-                mine[key.egress] |= 1 << key.plen
-        for key in self.block(ANY_IDENTITY):
-            any_[key.egress] |= 1 << key.plen
-        return (mine[0], mine[1]), (any_[0], any_[1])
+        return self.shape.masks
 
     def lookup(self, identity: int, egress: bool, proto: int, port: int) -> Match | None:
         """What the kernel finds for a packet; None is a miss, which drops.
@@ -219,20 +332,21 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
     def delta(self, old: MapState | None) -> Delta:
         """The writes that turn `old` (None: an empty map) into this.
 
-        Between two snapshots of one live state the cost is that of what changed in between.
+        Between two snapshots of one live map the cost is that of what changed in between.
         """
-        before: Mapping[int, Block] = {} if old is None else old._blocks
-        touched: set[int] | frozenset[int]
-        if old is not None and self._log is not None and self._log is old._log:
-            low, high = sorted((old._seen, self._seen))
-            touched = set(self._log[low:high])
+        if old is self:
+            return Delta({}, ())
+        touched: Collection[int]
+        if old is not None and old._journal is not None and old._journal is self._journal:
+            touched = old._journal.between(*sorted((old.version, self.version)))
         else:
-            touched = self._blocks.keys() | before.keys()
+            before = old._blocks() if old is not None else {}
+            touched = self._blocks().keys() | before.keys()
         upserts: dict[PolicyKey, PolicyEntry] = {}
         deletes: list[PolicyKey] = []
         for identity in touched:
-            new_block = self._blocks.get(identity, _EMPTY)
-            old_block = before.get(identity, _EMPTY)
+            new_block = self.block(identity)
+            old_block = old.block(identity) if old is not None else _EMPTY
             if new_block is old_block:
                 continue
             for key, entry in new_block.items():

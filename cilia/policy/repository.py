@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -21,6 +22,8 @@ from cilia.policy.api import (
 )
 from cilia.policy.selectorcache import AnchorIndex
 
+_WORDS: Final = re.compile(r"([^\[\].0-9]+)|([0-9]+)")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredRule:
@@ -29,6 +32,13 @@ class StoredRule:
     document: Document
     rule: Rule
     serial: int
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Rules sort by policy and place, however they came."""
+        words = _WORDS.findall(self.rule.path)
+        place = tuple((int(number or 0), word) for word, number in words)
+        return (self.document.key, *place)
 
 
 class RuleIDs:
@@ -126,6 +136,17 @@ def _places(document: Document) -> dict[str, Origin]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one change of the documents did."""
+
+    gone: tuple[StoredRule, ...]
+    came: tuple[StoredRule, ...]
+    fresh: frozenset[Network]  # prefixes that rules name now and none did before
+    idle: frozenset[Network]  # prefixes that no rule names any more
+    moved: bool  # whether rules of other documents have new numbers
+
+
 class Repository:
     """The set of documents. The revision rises with each change and never with none."""
 
@@ -137,53 +158,65 @@ class Repository:
         self._prefixes: Final[Counter[Network]] = Counter()
         self._serial = 0
 
-    def upsert(self, document: Document) -> tuple[StoredRule, ...] | None:
+    def upsert(self, document: Document) -> Change | None:
         """Put a document in, replacing the one of its name.
 
-        Gives the rules that went and came; None when the same document is there already.
+        Rules that it shares with the one before stay as they are stored. None when the same
+        document is there already.
         """
         old = self._documents.get(document.key)
         if old is not None and old[0] == document:
             return None
-        gone = self._drop(document.key)
+        before = old[1] if old is not None else ()
+        # A rule's line may move when another's text changes: a reference is part of the rule.
+        kept = {x.rule: x for x in before if x.document.audit == document.audit}
         stored = []
         for rule in document.rules:
-            self._serial += 1
-            stored.append(StoredRule(document, rule, self._serial))
+            item = kept.pop(rule, None)
+            if item is None:
+                self._serial += 1
+                item = StoredRule(document, rule, self._serial)
+                self._index.add(rule.selector, item)
+            stored.append(item)
+        staying = frozenset(stored)
+        gone = tuple(x for x in before if x not in staying)
+        known = frozenset(before)
+        came = tuple(x for x in stored if x not in known)
+        for item in gone:
+            self._index.remove(item.rule.selector, item)
         self._documents[document.key] = document, tuple(stored)
-        for item in stored:
-            self._index.add(item.rule.selector, item)
-        self._prefixes.update(_prefixes(document))
-        self.moved = self.ids.replace(old[0] if old else None, document)
+        fresh = self._count_prefixes(came, 1)
+        idle = self._count_prefixes(gone, -1)
+        moved = self.ids.replace(old[0] if old else None, document)
         self.revision += 1
-        return (*gone, *stored)
+        return Change(gone, came, fresh, idle, moved)
 
-    def delete(self, kind: str, namespace: str | None, name: str) -> tuple[StoredRule, ...] | None:
-        """Take a document out; gives its rules, or None when there is none of this name."""
+    def delete(self, kind: str, namespace: str | None, name: str) -> Change | None:
+        """Take a document out; None when there is none of this name."""
         key = DocumentKey(str(kind), namespace or "", name)
-        old = self._documents.get(key)
+        old = self._documents.pop(key, None)
         if old is None:
             return None
-        gone = self._drop(key)
-        self.moved = self.ids.replace(old[0], None)
-        self.revision += 1
-        return gone
-
-    #: Whether the last change gave rules of other documents new numbers.
-    moved: bool = False
-
-    def _drop(self, key: DocumentKey) -> tuple[StoredRule, ...]:
-        found = self._documents.pop(key, None)
-        if found is None:
-            return ()
-        document, rules = found
-        for item in rules:
+        document, gone = old
+        for item in gone:
             self._index.remove(item.rule.selector, item)
-        self._prefixes.subtract(_prefixes(document))
-        for prefix in _prefixes(document):
-            if not self._prefixes[prefix]:
-                del self._prefixes[prefix]
-        return rules
+        idle = self._count_prefixes(gone, -1)
+        moved = self.ids.replace(document, None)
+        self.revision += 1
+        return Change(gone, (), frozenset(), idle, moved)
+
+    def _count_prefixes(self, rules: Iterable[StoredRule], by: int) -> frozenset[Network]:
+        """Count what rules name; gives what is named now and was not, or no more."""
+        changed = set()
+        for stored in rules:
+            for prefix in _prefixes(stored.rule):
+                count = self._prefixes[prefix] = self._prefixes[prefix] + by
+                if count == 0:
+                    del self._prefixes[prefix]
+                    changed.add(prefix)
+                elif count == by:
+                    changed.add(prefix)
+        return frozenset(changed)
 
     def get(self, kind: str, namespace: str | None, name: str) -> Document | None:
         found = self._documents.get(DocumentKey(str(kind), namespace or "", name))
@@ -196,24 +229,27 @@ class Repository:
     def names(self) -> tuple[DocumentKey, ...]:
         return tuple(self._documents)
 
-    def rules_for(self, subject: Labels) -> tuple[StoredRule, ...]:
-        """The rules about an endpoint with these labels, sorted by policy and place; none about
-        nodes."""
+    def rules_for(self, subject: Labels, *, node: bool = False) -> tuple[StoredRule, ...]:
+        """The rules about an endpoint, or about a node, with these labels, sorted by policy and
+        place."""
         found = [
             x
             for x in self._index.candidates(subject)
-            if not x.rule.node and x.rule.selector.matches(subject)
+            if x.rule.node is node and x.rule.selector.matches(subject)
         ]
-        return tuple(sorted(found, key=lambda x: (x.document.key, x.serial)))
+        return tuple(sorted(found, key=lambda x: x.order))
+
+    def rules(self) -> Iterator[StoredRule]:
+        for _, rules in self._documents.values():
+            yield from rules
 
     def prefixes(self) -> frozenset[Network]:
         """The prefixes and exceptions that rules name; not /0, the world of its family."""
         return frozenset(self._prefixes)
 
 
-def _prefixes(document: Document) -> Iterable[Network]:
-    for rule in document.rules:
-        for element in rule.elements:
-            for peer in element.peers or ():
-                if isinstance(peer, CidrSelector):
-                    yield from (x for x in (peer.prefix, *peer.excepts) if x.prefixlen)
+def _prefixes(rule: Rule) -> Iterable[Network]:
+    for element in rule.elements:
+        for peer in element.peers or ():
+            if isinstance(peer, CidrSelector):
+                yield from (x for x in (peer.prefix, *peer.excepts) if x.prefixlen)

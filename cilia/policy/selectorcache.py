@@ -8,7 +8,7 @@ anchored at its labels, and adding a selector at the identities that carry its a
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
@@ -18,6 +18,8 @@ from cilia.policy.api import CidrSelector, EndpointSelector, Network, Requiremen
 
 CacheSelector = EndpointSelector | CidrSelector
 T = TypeVar("T")
+K = TypeVar("K")
+U = TypeVar("U")
 
 # Nearly every endpoint of a place shares these, so they are the worst labels to file under.
 _COMMON_KEYS: Final = frozenset((NAMESPACE_KEY, CLUSTER_KEY))
@@ -78,21 +80,56 @@ class AnchorIndex(Generic[T]):
 
 
 @dataclass(slots=True)
-class _Cached:
-    users: int = 0
+class _Cached(Generic[U]):
+    users: dict[U, int] = field(default_factory=dict)
     identities: set[int] = field(default_factory=set)
 
 
-class SelectorCache:
-    """Which identities each selector in use selects, kept current as both come and go."""
+class LabelIndex(Generic[T]):
+    """Things that have labels, found by the selectors that may match them."""
 
     def __init__(self) -> None:
-        self._selectors: Final[dict[CacheSelector, _Cached]] = {}
+        self._by_label: Final[dict[tuple[str, str], set[T]]] = {}
+        self._by_key: Final[dict[str, set[T]]] = {}
+
+    def add(self, labels: Labels, item: T) -> None:
+        for label in labels:
+            self._by_label.setdefault((label.key, label.value), set()).add(item)
+            self._by_key.setdefault(label.key, set()).add(item)
+
+    def remove(self, labels: Labels, item: T) -> None:
+        for label in labels:
+            _discard(self._by_label, (label.key, label.value), item)
+            _discard(self._by_key, label.key, item)
+
+    def candidates(self, selector: EndpointSelector, everything: Collection[T]) -> Collection[T]:
+        """A superset of what the selector matches: of what carries its rarest label."""
+        best = everything
+        for requirement in selector.requirements:
+            match requirement.operator:
+                case "In" if len(requirement.values) == 1:
+                    found = self._by_label.get((requirement.key, requirement.values[0]), set())
+                case "In" | "Exists":
+                    found = self._by_key.get(requirement.key, set())
+                case _:
+                    continue
+            if len(found) < len(best):
+                best = found
+        return best
+
+
+class SelectorCache(Generic[U]):
+    """Which identities each selector in use selects, kept current as both come and go.
+
+    Its users are told apart by what they are; each has a number of its own for a selector.
+    """
+
+    def __init__(self) -> None:
+        self._selectors: Final[dict[CacheSelector, _Cached[U]]] = {}
         self._index: Final[AnchorIndex[EndpointSelector]] = AnchorIndex()
         self._prefixes: Final[dict[tuple[int, int], dict[int, dict[CidrSelector, None]]]] = {}
         self._labels: Final[dict[int, Labels]] = {}
-        self._ids_by_label: Final[dict[tuple[str, str], set[int]]] = {}
-        self._ids_by_key: Final[dict[str, set[int]]] = {}
+        self._ids: Final[LabelIndex[int]] = LabelIndex()
         # (first address, length, identity), sorted, a list for each family
         self._networks: Final[dict[int, list[tuple[int, int, int]]]] = {4: [], 6: []}
 
@@ -114,9 +151,7 @@ class SelectorCache:
                 raise ValueError(f"identity {identity} has other labels already")
             return ()
         self._labels[identity] = labels
-        for label in labels:
-            self._ids_by_label.setdefault((label.key, label.value), set()).add(identity)
-            self._ids_by_key.setdefault(label.key, set()).add(identity)
+        self._ids.add(labels, identity)
         if (network := cidr_prefix(labels)) is not None:
             insort(
                 self._networks[network.version],
@@ -132,9 +167,7 @@ class SelectorCache:
         labels = self._labels.pop(identity, None)
         if labels is None:
             return ()
-        for label in labels:
-            _discard(self._ids_by_label, (label.key, label.value), identity)
-            _discard(self._ids_by_key, label.key, identity)
+        self._ids.remove(labels, identity)
         if (network := cidr_prefix(labels)) is not None:
             networks = self._networks[network.version]
             entry = (int(network.network_address), network.prefixlen, identity)
@@ -149,8 +182,8 @@ class SelectorCache:
     def __len__(self) -> int:
         return len(self._selectors)
 
-    def acquire(self, selector: CacheSelector) -> set[int]:
-        """Use a selector; gives what it selects, a set kept current and not to be changed."""
+    def acquire(self, selector: CacheSelector, user: U, number: int) -> Set[int]:
+        """Use a selector; gives what it selects, a set kept current."""
         cached = self._selectors.get(selector)
         if cached is None:
             cached = self._selectors[selector] = _Cached()
@@ -161,12 +194,20 @@ class SelectorCache:
                 home = self._prefixes.setdefault((prefix.version, prefix.prefixlen), {})
                 home.setdefault(int(prefix.network_address), {})[selector] = None
             cached.identities.update(self.search(selector))
-        cached.users += 1
+        cached.users[user] = number
         return cached.identities
 
-    def release(self, selector: CacheSelector) -> None:
+    def selected(self, selector: CacheSelector) -> Set[int]:
+        """What a selector in use selects, a set kept current."""
+        return self._selectors[selector].identities
+
+    def users(self, selector: CacheSelector) -> Mapping[U, int]:
+        """Who uses a selector, and under which number."""
+        return self._selectors[selector].users
+
+    def release(self, selector: CacheSelector, user: U) -> None:
         cached = self._selectors[selector]
-        cached.users -= 1
+        del cached.users[user]
         if cached.users:
             return
         del self._selectors[selector]
@@ -189,7 +230,7 @@ class SelectorCache:
     def search(self, selector: CacheSelector) -> Iterator[int]:
         """What a selector selects, in use or not."""
         near = (
-            self._candidates(selector)
+            self._ids.candidates(selector, self._labels.keys())
             if isinstance(selector, EndpointSelector)
             else self._inside(selector.prefix)
         )
@@ -211,21 +252,6 @@ class SelectorCache:
                 if candidate.contains(network):
                     yield candidate
 
-    def _candidates(self, selector: EndpointSelector) -> Iterable[int]:
-        best: Iterable[int] = self._labels
-        size = len(self._labels)
-        for requirement in selector.requirements:
-            match requirement.operator:
-                case "In" if len(requirement.values) == 1:
-                    found = self._ids_by_label.get((requirement.key, requirement.values[0]), set())
-                case "In" | "Exists":
-                    found = self._ids_by_key.get(requirement.key, set())
-                case _:
-                    continue
-            if len(found) < size:
-                best, size = found, len(found)
-        return best
-
     def _inside(self, prefix: Network) -> Iterator[int]:
         networks = self._networks[prefix.version]
         first = int(prefix.network_address)
@@ -236,9 +262,9 @@ class SelectorCache:
             yield networks[i][2]
 
 
-def _discard(index: dict[T, set[int]], key: T, identity: int) -> None:
+def _discard(index: dict[K, set[T]], key: K, item: T) -> None:
     found = index.get(key)
     if found is not None:
-        found.discard(identity)
+        found.discard(item)
         if not found:
             del index[key]

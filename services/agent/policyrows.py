@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cilia.bpf.constants import POLICY_F_DENY, POLICY_META_HAS_DENY
+from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_META_HAS_DENY
 from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress
 from cilia.policy import PolicyEntry, PolicyKey
 
@@ -69,13 +69,13 @@ class PolicyRows:
 
     @classmethod
     def from_entries(cls, entries: Iterable[tuple[PolicyKey, PolicyEntry]]) -> PolicyRows:
-        """Rows of a map state. Audit is the endpoint's flag (EP_F_AUDIT), no row's."""
+        """Rows of a map state. An endpoint's own audit is its flag (EP_F_AUDIT), no row's."""
         keys = []
         values = []
         for key, entry in entries:
             keys.append((key.identity, key.port, key.proto, plen_egress(key.plen, key.egress)))
-            flags = POLICY_F_DENY if entry.deny else 0
-            values.append((entry.rule_id, entry.proxy_port, flags, 0, 0))
+            flags = (POLICY_F_DENY if entry.deny else 0) | (POLICY_F_AUDIT if entry.audit else 0)
+            values.append((entry.rule_id, 0, flags, 0, 0))
         if not keys:
             return cls(_EMPTY, _EMPTY)
         return cls.from_arrays(np.array(keys, POLICY_KEY), np.array(values, POLICY_VALUE))

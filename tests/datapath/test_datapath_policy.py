@@ -109,12 +109,27 @@ def test_audit_drops_nothing_and_says_so(node: Node, v6: bool) -> None:
     again = node.send(a, tcp(v6, a, b, "A"))
     assert (again.verdict, len(again.verdicts)) == (TC_REDIRECT, 0)
 
+    # Policies that only audit: rows that allow, and report who would deny, or that it is by
+    # default.
+    for number, reason in ((4, 181), (0, 133)):
+        node.reset()
+        node.policy(a, [Rule(True, 0, 6, 80, 24, audit=True, id=number)])
+        result = node.send(a, tcp(v6, a, b, "S"))
+        assert result.verdict == TC_REDIRECT
+        event = result.verdicts[0]
+        assert event["flags"] & constants.EVENT_F_AUDITED
+        assert (event["verdict"], event["reason"], event["rule_id"]) == (0, reason, number)
+
+    # A denial that is enforced wins over them, and a longer row that allows is not reported.
     node.reset()
-    node.policy(a, [Rule(True), Rule(True, 0, 6, 80, 24, deny=True, audit=True, id=4)])
+    node.policy(a, [Rule(True, audit=True), Rule(True, 0, 6, 80, 24, deny=True, id=5)])
     result = node.send(a, tcp(v6, a, b, "S"))
-    assert result.verdict == TC_REDIRECT
-    event = result.verdicts[0]
-    assert (event["verdict"], event["reason"], event["rule_id"]) == (0, 181, 4)
+    assert (result.verdict, result.verdicts[0]["reason"]) == (TC_SHOT, 181)
+    node.reset()
+    node.policy(a, [Rule(True, audit=True), Rule(True, 0, 6, 80, 24, id=6)])
+    event = node.send(a, tcp(v6, a, b, "S")).verdicts[0]
+    assert not event["flags"] & constants.EVENT_F_AUDITED
+    assert (event["verdict"], event["rule_id"]) == (0, 6)
 
 
 def test_random_policies_against_a_plain_model(node: Node) -> None:

@@ -214,7 +214,7 @@ def test_unenforced_parts_are_listed_with_the_policy() -> None:
     engine.upsert(doc)
     found = engine.resolve(XWING).unenforced
     assert [(x.rule.path, x.why) for x in found] == [
-        ("[0].egress[0]", "toFQDNs is not resolved yet"),
+        ("[0].egress[0]", "toFQDNs needs DNS answers, and nobody watches DNS"),
         ("[0].egress[1]", "http rules have no proxy to enforce them yet"),
     ]
 
