@@ -3,8 +3,9 @@
  * The programs on each of the node's devices. from_netdev, on ingress, takes
  * what is for an endpoint, directly or as the answer to a masqueraded packet,
  * and delivers it in one pass. What claims to be from an endpoint of this node
- * is dropped, whomever it is for. All else is the node's, and passes untouched.
- * to_netdev, on egress, sees the last of whatever leaves.
+ * is dropped, whomever it is for. All else is the node's, or passes through it:
+ * untouched, but while policy is about the node what is for itself is judged, and
+ * so is what leaves by to_netdev, on egress.
  */
 #include "lib/begin.h"
 #include "lib/deliver.h"
@@ -38,6 +39,23 @@ static __always_inline int claim_answer(struct __sk_buff *ctx, struct packet *p)
 	return unmasquerade(ctx);
 }
 
+/*
+ * What a device received for neither an endpoint nor a mapping of theirs, while
+ * the node is a subject of policy. parsed: what parse() said. Returns 0 when it
+ * is to be judged, CT_NOT_OURS when it passes untouched, or a drop reason.
+ */
+static __always_inline int host_receives(struct __sk_buff *ctx, const struct packet *p, int parsed)
+{
+	/* A protocol without ports is judged by its number alone, packet by packet. */
+	if (parsed && parsed != -DROP_CT_PROTO)
+		return is_for_node(ctx) ? parsed : CT_NOT_OURS;
+	if (host_is_exempt(p, false))
+		return CT_NOT_OURS;
+	if ((p->flags & PKT_FRAG) && !(p->flags & PKT_JOINED))
+		return is_for_node(ctx) ? frag_track() : CT_NOT_OURS;
+	return 0;
+}
+
 static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work *w)
 {
 	const struct endpoint *dst;
@@ -45,6 +63,7 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 	struct flow *f = &w->f;
 	int ret, parsed;
 
+	f->received = true;
 	parsed = parse(ctx, p);
 	/* No IP, tagged, or so broken that nobody knows whom it is for. */
 	if (addr_is_zero(&p->daddr))
@@ -65,24 +84,30 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 		/* Nor may it be an endpoint to the node, whose answer would go there as the node's. */
 		if (endpoint_by_addr(&p->saddr))
 			return -DROP_SOURCE_IP;
-		if (parsed || addr_is_multicast(&p->daddr))
-			return TC_ACT_OK;
-		ret = claim_answer(ctx, p);
-		if (ret <= 0)
+		ret = parsed || addr_is_multicast(&p->daddr) ? 0 : claim_answer(ctx, p);
+		if (ret < 0)
 			return ret;
-		dst = endpoint_by_addr(&p->daddr);
-		if (!dst)
-			return -DROP_UNKNOWN_TARGET;
-		end_set(&f->dst, dst);
+		if (!ret) {
+			ret = host_row() ? host_receives(ctx, p, parsed) : CT_NOT_OURS;
+			if (ret)
+				return ret == CT_NOT_OURS ? TC_ACT_OK : ret;
+		} else {
+			dst = endpoint_by_addr(&p->daddr);
+			if (!dst)
+				return -DROP_UNKNOWN_TARGET;
+			end_set(&f->dst, dst);
+		}
 	}
 
-	/* The node's addresses, as endpoints' above, exist only on this side of the device. */
-	if (identity_of_destination(&p->saddr) == ID_HOST)
-		return -DROP_SOURCE_IP;
-	trace_from(ctx, f, TRACE_FROM_NETWORK, DIR_INGRESS);
+	if (dst)
+		trace_from(ctx, f, TRACE_FROM_NETWORK, DIR_INGRESS);
 	ret = ct_track(ctx, w);
 	if (ret)
-		return ret;
+		return ret == CT_NOT_OURS ? TC_ACT_OK : ret;
+	if (!dst) {
+		passed(ctx, p, f, TRACE_TO_HOST, DIR_INGRESS);
+		return TC_ACT_OK;
+	}
 	if (f->answer && f->tracked)
 		nat_refresh(w);
 	return to_local(ctx, p, f);
@@ -100,11 +125,50 @@ int from_netdev(struct __sk_buff *ctx)
 	return ret >= 0 ? ret : drop(ctx, -ret);
 }
 
+static __always_inline int handle_to_netdev(struct __sk_buff *ctx, struct work *w)
+{
+	struct packet *p = &w->p;
+	struct flow *f = &w->f;
+	int ret, parsed;
+
+	/* An endpoint's: judged where it came in. */
+	if (ctx->ingress_ifindex && endpoint_by_ifindex(ctx->ingress_ifindex))
+		return TC_ACT_OK;
+	parsed = parse(ctx, p);
+	if (addr_is_zero(&p->daddr))
+		return TC_ACT_OK;
+	/* Forwarded for somebody else, unless by the node's address (netfilter's masquerade). */
+	if (ctx->ingress_ifindex && identity_of_destination(&p->saddr) != ID_HOST)
+		return TC_ACT_OK;
+	if (parsed && parsed != -DROP_CT_PROTO)
+		return parsed;
+	if (host_is_exempt(p, true))
+		return TC_ACT_OK;
+	if (p->flags & PKT_FRAG) {
+		ret = frag_track();
+		if (ret)
+			return ret;
+	}
+	ret = ct_track(ctx, w);
+	if (ret)
+		return ret;
+	passed(ctx, p, f, TRACE_TO_NETWORK, DIR_EGRESS);
+	return TC_ACT_OK;
+}
+
 SEC("tc")
 int to_netdev(struct __sk_buff *ctx)
 {
-	(void)ctx; /* nothing to say about it yet */
-	return TC_ACT_OK;
+	struct work *w;
+	int ret;
+
+	if (likely(!host_row()))
+		return TC_ACT_OK;
+	w = begin(ctx, ORIGIN_HOST, DIR_EGRESS);
+	if (!w)
+		return TC_ACT_OK;
+	ret = handle_to_netdev(ctx, w);
+	return ret >= 0 ? ret : drop(ctx, -ret);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -29,6 +29,9 @@ typedef _Bool bool;
 #define TC_ACT_OK   0
 #define TC_ACT_SHOT 2
 
+#define AF_INET  2
+#define AF_INET6 10
+
 #define EEXIST 17
 
 #endif /* CILIA_COMPILER_H */

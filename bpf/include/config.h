@@ -22,6 +22,9 @@ const volatile union addr ROUTER_LL6 = {};
 const volatile __u32 NAT_PORT_MIN = 61000;
 const volatile __u32 NAT_PORT_MAX = 65535;
 
+/* Stay open whatever the node's own policy says. */
+const volatile struct control_port CONTROL_PORTS[CONTROL_PORTS_MAX] = {};
+
 /* bpf_ktime_get_coarse_ns exists (kernel 5.11). */
 const volatile __u32 HAVE_KTIME_COARSE = 0;
 

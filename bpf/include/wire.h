@@ -136,6 +136,12 @@ struct nd_header { /* NS and NA */
 };
 _Static_assert(sizeof(struct nd_header) == 24, "struct nd_header");
 
+/* ---- DHCP: the client's UDP port and the server's, RFC 2131 and 8415 ---- */
+#define DHCP4_SERVER 67
+#define DHCP4_CLIENT 68
+#define DHCP6_CLIENT 546
+#define DHCP6_SERVER 547
+
 struct nd_option {
 	__u8 type, units; /* of 8 bytes */
 	__u8 mac[6];

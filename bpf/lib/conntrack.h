@@ -17,12 +17,21 @@
 #ifndef CILIA_CONNTRACK_H
 #define CILIA_CONNTRACK_H
 
+#include "host.h"
 #include "parse.h"
 #include "policy.h"
 #include "time.h"
 
 #define CT_FROM_LO (1u << 0) /* the packet was sent by the lo end */
 #define CT_REPLACE (1u << 1) /* an entry exists, and this packet begins anew */
+
+#define CT_NOT_OURS 1 /* neither an endpoint's nor the node's: of from_netdev only */
+
+/* May it belong to a connection? ICMP but for echoes does not, nor what has no ports. */
+static __always_inline bool packet_is_trackable(const struct packet *p)
+{
+	return packet_is_icmp(p) ? p->flags & PKT_ECHO : l4_header_len(p);
+}
 
 /* Returns true when the sender of the packet is the lo end. */
 static __always_inline bool ct_key_of(struct ct_key *key, const struct packet *p)
@@ -45,7 +54,7 @@ static __always_inline bool ct_key_of(struct ct_key *key, const struct packet *p
 		key->hi_port_be = p->sport_be;
 	}
 	key->proto = p->proto;
-	key->scope = packet_is_icmp(p) && !(p->flags & PKT_ECHO) ? CT_SCOPE_NONE : 0;
+	key->scope = packet_is_trackable(p) ? 0 : CT_SCOPE_NONE;
 	key->pad = 0;
 	return from_lo;
 }
@@ -244,7 +253,8 @@ static __always_inline int ct_create(struct work *w, __u32 how)
 
 	e->flags = (how & CT_FROM_LO ? CT_F_INIT_LO : 0) |
 		   (w->f.origin == ORIGIN_HOST ? CT_F_FROM_HOST : 0) |
-		   (w->f.origin == ORIGIN_OUTSIDE ? CT_F_OUTSIDE : 0);
+		   (w->f.origin == ORIGIN_OUTSIDE ? CT_F_OUTSIDE : 0) |
+		   (w->f.dst_id == ID_HOST ? CT_F_TO_HOST : 0) | (w->f.exempt ? CT_F_EXEMPT : 0);
 	e->packets[0] = 1;
 	e->bytes[0] = p->len;
 	e->seen[0] = p->proto == PROTO_TCP ? ct_seen(p) : 0;
@@ -260,6 +270,34 @@ static __always_inline int ct_create(struct work *w, __u32 how)
 }
 
 /*
+ * Whose are the ends that no endpoint has? The node's, if it is a subject of
+ * policy. Returns 0, CT_NOT_OURS for what a device received and the kernel will
+ * forward, or a drop reason.
+ */
+static __always_inline int host_admit(struct __sk_buff *ctx, const struct packet *p, struct flow *f)
+{
+	if (f->received && !end_is_local(&f->dst) && !is_for_node(ctx))
+		return CT_NOT_OURS;
+	/* The node's addresses, as endpoints', exist only on this side of the device. */
+	if (f->received && identity_of_destination(&p->saddr) == ID_HOST)
+		return -DROP_SOURCE_IP;
+	flow_identities(p, f);
+	if (f->received && !end_is_local(&f->dst))
+		f->dst_id = ID_HOST;
+	if (f->origin == ORIGIN_HOST) {
+		f->exempt = is_from_proxy(ctx) || is_control_port(p, true);
+		if (!f->exempt)
+			end_set_host(&f->src);
+	}
+	if (f->dst_id == ID_HOST) {
+		f->exempt = is_control_port(p, false);
+		if (!f->exempt)
+			end_set_host(&f->dst);
+	}
+	return 0;
+}
+
+/*
  * A packet that belongs to no connection: judged at every local end; if all
  * allow, an entry is made for what can be a connection.
  */
@@ -268,7 +306,7 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 	struct work *w = work();
 	struct packet *p;
 	struct flow *f;
-	bool track = true;
+	bool track;
 	int ret;
 
 	if (!w)
@@ -281,7 +319,10 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 	f->state = CT_NEW;
 	f->reply = 0;
 	f->report = 1;
-	flow_identities(p, f);
+	ret = host_admit(ctx, p, f);
+	if (ret)
+		return ret;
+	track = packet_is_trackable(p);
 	if (p->proto == PROTO_TCP) {
 		if ((p->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
 			return -DROP_CT_CREATE;
@@ -400,6 +441,22 @@ static __always_inline int ct_check(struct __sk_buff *ctx, const struct flow *f,
 }
 
 /*
+ * The ends of a connection that are the node's, if its policy is in force. The
+ * packet that the entry is about is ours, or the one that our ICMP error quotes.
+ */
+static __always_inline void ct_host_ends(struct flow *f, const struct ct_entry *e, bool quoted)
+{
+	bool from_initiator = f->reply == quoted;
+
+	if (likely(!(e->flags & (CT_F_FROM_HOST | CT_F_TO_HOST))) || (e->flags & CT_F_EXEMPT))
+		return;
+	if (e->flags & CT_F_FROM_HOST)
+		end_set_host(from_initiator ? &f->src : &f->dst);
+	if (e->flags & CT_F_TO_HOST)
+		end_set_host(from_initiator ? &f->dst : &f->src);
+}
+
+/*
  * Does a packet that matches an entry begin a connection of its own? A SYN does
  * when the old connection is closing, or when the responder sends it: the entry
  * admits its answers, and a SYN is none. Nor is an echo request.
@@ -423,7 +480,7 @@ static __always_inline bool ct_is_spoofed(const struct flow *f, const struct ct_
 {
 	if (f->origin != ORIGIN_OUTSIDE)
 		return false;
-	return f->reply ? e->side[0].remote_id == ID_HOST : !(e->flags & CT_F_OUTSIDE);
+	return f->reply ? e->flags & CT_F_TO_HOST : !(e->flags & CT_F_OUTSIDE);
 }
 
 /*
@@ -457,8 +514,11 @@ __noinline int ct_related(struct __sk_buff *ctx)
 	if (f->origin == ORIGIN_OUTSIDE &&
 	    (endpoint_by_addr(&q->daddr) || identity_of_destination(&q->daddr) == ID_HOST))
 		return 0;
+	if (f->received && identity_of_destination(&p->saddr) == ID_HOST)
+		return -DROP_SOURCE_IP;
 
 	f->reply = ct_is_reply(e, from_lo);
+	ct_host_ends(f, e, true);
 	ret = ct_check(ctx, f, e, true);
 	f->reply = !f->reply;
 	flow_identities(p, f);
@@ -469,7 +529,7 @@ __noinline int ct_related(struct __sk_buff *ctx)
 	return 1;
 }
 
-/* Returns 0 when the packet may pass, with f->state set, or a drop reason. */
+/* Returns 0 when the packet may pass, with f->state set, CT_NOT_OURS, or a drop reason. */
 static __always_inline int ct_track(struct __sk_buff *ctx, struct work *w)
 {
 	struct packet *p = &w->p;
@@ -495,6 +555,7 @@ static __always_inline int ct_track(struct __sk_buff *ctx, struct work *w)
 	if (unlikely(ct_is_spoofed(f, e)))
 		return -DROP_SOURCE_IP;
 	f->state = f->reply ? CT_REPLY : CT_ESTABLISHED;
+	ct_host_ends(f, e, false);
 	ret = ct_check(ctx, f, e, false);
 	if (unlikely(ret))
 		return ret;

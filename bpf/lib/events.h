@@ -142,14 +142,18 @@ static __always_inline void trace_from(struct __sk_buff *ctx, const struct flow 
 }
 
 /* A packet goes on: counted always, reported as aggregation says. */
-static __always_inline void forwarded(struct __sk_buff *ctx, const struct packet *p,
-				      const struct flow *f, __u8 obs_point)
+static __always_inline void passed(struct __sk_buff *ctx, const struct packet *p,
+				   const struct flow *f, __u8 obs_point, __u8 direction)
 {
-	__u8 direction = obs_point == TRACE_TO_ENDPOINT ? DIR_INGRESS : DIR_EGRESS;
-
 	count(REASON_FORWARDED, direction, p->len);
 	if (f->report)
 		trace(ctx, f, obs_point, direction);
+}
+
+static __always_inline void forwarded(struct __sk_buff *ctx, const struct packet *p,
+				      const struct flow *f, __u8 obs_point)
+{
+	passed(ctx, p, f, obs_point, obs_point == TRACE_TO_ENDPOINT ? DIR_INGRESS : DIR_EGRESS);
 }
 
 #endif /* CILIA_EVENTS_H */

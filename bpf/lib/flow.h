@@ -55,6 +55,8 @@ struct flow {
 	__u8 tracked;               /* the packet belongs to a conntrack entry */
 	__u8 answer;                /* it came back through a mapping of cilia_nat */
 	__u8 about;                 /* ABOUT_*: whose event it is */
+	__u8 exempt;                /* the node's policy is not asked */
+	__u8 received;              /* just now, by a device of the node: not forwarded to here */
 };
 
 /*

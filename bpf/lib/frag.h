@@ -97,8 +97,10 @@ __noinline int frag_track(void)
 	v = bpf_map_lookup_elem(&cilia_frag, &key);
 	known = v && v->expires_s >= p->now_s;
 	if (!(p->flags & PKT_LATER)) {
-		if (!known)
+		if (!known) {
+			p->flags |= PKT_JOINED;
 			return frag_begin(p, &key);
+		}
 		v->flags |= FRAG_F_BAD;
 		return -DROP_FRAG_OVERLAP;
 	}
@@ -123,6 +125,7 @@ __noinline int frag_track(void)
 		v->flags |= FRAG_F_BAD;
 	if (ret)
 		return ret;
+	p->flags |= PKT_JOINED;
 	if (!(p->flags & PKT_MORE))
 		v->flags |= FRAG_F_LAST;
 	/* Complete: forget it, the identifier may come again soon. */

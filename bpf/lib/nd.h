@@ -18,13 +18,6 @@
 #include "events.h"
 #include "ipcache.h"
 
-static __always_inline bool is_nd(const struct packet *p)
-{
-	return packet_is_ip6(p) && p->proto == PROTO_ICMPV6 && !(p->flags & PKT_LATER) &&
-	       ((p->icmp_type >= ICMP6_MLD_QUERY && p->icmp_type <= ICMP6_REDIRECT) ||
-		p->icmp_type == ICMP6_MLD2_REPORT);
-}
-
 struct na_frame {
 	struct eth_header eth;
 	struct ip6_header ip;

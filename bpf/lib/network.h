@@ -6,9 +6,6 @@
 #include "deliver.h"
 #include "masquerade.h"
 
-#define AF_INET  2
-#define AF_INET6 10
-
 static __always_inline bool is_masqueraded(const struct packet *p, const struct flow *f)
 {
 	__u32 flag = packet_is_ip6(p) ? RT_F_MASQUERADE6 : RT_F_MASQUERADE4;
@@ -96,7 +93,7 @@ __noinline int to_network(struct __sk_buff *ctx)
 /* What the workload sent and conntrack let pass. */
 static __always_inline int deliver(struct __sk_buff *ctx, const struct packet *p, struct flow *f)
 {
-	if (likely(end_is_local(&f->dst)))
+	if (likely(end_is_local(&f->dst) && !end_is_host(&f->dst)))
 		return to_local(ctx, p, f);
 	/* Established: the side that was judged knows who the remote is. */
 	if ((f->dst_id ?: f->remote_id) == ID_HOST)

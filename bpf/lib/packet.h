@@ -12,6 +12,7 @@
 #define PKT_DF    (1u << 4)
 #define PKT_ECHO  (1u << 5) /* ICMP echo or echo reply: the ports are its identifier */
 #define PKT_ERROR (1u << 6) /* an ICMP error, which quotes the packet it is about */
+#define PKT_JOINED (1u << 7) /* a fragment that frag_track() has placed */
 
 struct packet {
 	union addr saddr, daddr;
@@ -79,6 +80,14 @@ static __always_inline bool packet_is_ip6(const struct packet *p)
 static __always_inline bool packet_is_icmp(const struct packet *p)
 {
 	return p->proto == (packet_is_ip6(p) ? PROTO_ICMPV6 : PROTO_ICMP);
+}
+
+/* Neighbour discovery and multicast listener messages. */
+static __always_inline bool is_nd(const struct packet *p)
+{
+	return packet_is_ip6(p) && p->proto == PROTO_ICMPV6 && !(p->flags & PKT_LATER) &&
+	       ((p->icmp_type >= ICMP6_MLD_QUERY && p->icmp_type <= ICMP6_REDIRECT) ||
+		p->icmp_type == ICMP6_MLD2_REPORT);
 }
 
 static __always_inline bool is_igmp(const struct packet *p)

@@ -26,6 +26,7 @@ union addr {
 
 #define EP_F_OPEN  (1u << 0) /* policy is in force: packets may pass */
 #define EP_F_AUDIT (1u << 1) /* report what policy would drop, drop nothing by policy */
+#define EP_F_HOST  (1u << 2) /* the node itself; its only key is interface 0, its ifindex 1 */
 
 /*
  * One local endpoint. The same row is stored under each of its addresses
@@ -114,6 +115,22 @@ struct policy_meta {
 };
 _Static_assert(sizeof(struct policy_meta) == 24, "struct policy_meta");
 
+/* ---- the node -------------------------------------------------------- */
+
+/* skb->mark, Cilium's numbers: what a packet says of itself within the node. */
+#define MARK_MAGIC_MASK         0x0f00u
+#define MARK_FROM_INGRESS_PROXY 0x0a00u
+#define MARK_FROM_EGRESS_PROXY  0x0b00u
+
+/* A port that policy of the node never closes. */
+struct control_port {
+	__be16 port_be;    /* the responder's; 0: no port */
+	__u8 proto;
+	__u8 egress;       /* 1: the node is the one who connects */
+};
+_Static_assert(sizeof(struct control_port) == 4, "struct control_port");
+#define CONTROL_PORTS_MAX 8
+
 /* ---- conntrack ------------------------------------------------------- */
 
 /*
@@ -142,6 +159,8 @@ _Static_assert(sizeof(struct ct_key) == 40, "struct ct_key");
 #define CT_F_PROXY     (1u << 2) /* reserved */
 #define CT_F_FROM_HOST (1u << 3) /* the initiator is this node's own stack */
 #define CT_F_OUTSIDE   (1u << 4) /* the initiator came in from outside: never host, node or endpoint identity */
+#define CT_F_TO_HOST   (1u << 5) /* the responder is this node's own stack */
+#define CT_F_EXEMPT    (1u << 6) /* the node's policy is not asked: a control port, or a proxy's connection */
 
 /* ct_entry.seen[direction]: each direction writes its own byte, so two CPUs need no atomics (5.10 has none that or). */
 #define CT_SEEN_NON_SYN (1u << 0) /* a packet without SYN */

@@ -10,6 +10,7 @@ from typing import Final
 # struct endpoint.flags
 EP_F_OPEN: Final = 1 << 0
 EP_F_AUDIT: Final = 1 << 1
+EP_F_HOST: Final = 1 << 2
 
 # struct policy_value.flags
 POLICY_F_DENY: Final = 1 << 0
@@ -24,8 +25,17 @@ CT_F_NAT: Final = 1 << 1
 CT_F_PROXY: Final = 1 << 2
 CT_F_FROM_HOST: Final = 1 << 3
 CT_F_OUTSIDE: Final = 1 << 4
+CT_F_TO_HOST: Final = 1 << 5
+CT_F_EXEMPT: Final = 1 << 6
 
 CT_SCOPE_NONE: Final = 2
+
+# skb->mark
+MARK_MAGIC_MASK: Final = 0x0F00
+MARK_FROM_INGRESS_PROXY: Final = 0x0A00
+MARK_FROM_EGRESS_PROXY: Final = 0x0B00
+
+CONTROL_PORTS_MAX: Final = 8
 
 # struct ct_entry.seen
 CT_SEEN_NON_SYN: Final = 1 << 0

@@ -38,6 +38,7 @@ OBJECTS: Final = REPOSITORY / "build" / "bpf"
 TC_OK, TC_SHOT, TC_REDIRECT = 0, 2, 7
 IN, OUT = constants.DIR_INGRESS, constants.DIR_EGRESS
 HOST, WORLD4, WORLD6 = 1, 9, 10
+HOST_SLOT = 60
 CLONE_NEWNET: Final = 0x40000000
 BPF_F_NO_PREALLOC: Final = 1
 
@@ -370,6 +371,20 @@ class Node:
         self.ipcache(f"{ep.ip6}/128", identity)
         return ep
 
+    def host(self, rules: Iterable[Rule] = (), *, flags: int = constants.EP_F_OPEN) -> Endpoint:
+        """Make the node itself a subject of policy, with these rows."""
+        host = Endpoint("host", 0, HOST, NODE4, NODE6, "", "", 1, HOST_SLOT)
+        self.policy(host, rules)
+        row = np.zeros(1, layout.ENDPOINT)
+        row["ifindex"], row["identity"], row["policy_slot"] = 1, HOST, HOST_SLOT
+        row["flags"] = flags | constants.EP_F_HOST
+        self.map("cilia_ifindex").update(bytes(4), row.tobytes())
+        return host
+
+    def no_host(self) -> None:
+        """No policy is about the node any more."""
+        self.map("cilia_ifindex").delete(bytes(4))
+
     def device(self, ifindex: int, ip4: str | None, ip6: str | None, flags: int = 0) -> None:
         """Add a device with addresses to masquerade with."""
         row = np.zeros(1, layout.DEVICE)
@@ -478,6 +493,7 @@ class Node:
         *,
         ingress_ifindex: int = 0,
         gso_size: int = 0,
+        mark: int = 0,
     ) -> Result:
         """Run a packet through a program on behalf of an interface."""
         if ingress_ifindex and not takes_ingress_ifindex():
@@ -487,6 +503,7 @@ class Node:
         ctx = SkBuffCtx(
             ifindex=ifindex,
             ingress_ifindex=ingress_ifindex,
+            mark=mark,
             gso_size=gso_size,
             gso_segs=2 if gso_size else 0,
         )
@@ -513,6 +530,11 @@ class Node:
         """A packet comes in by the uplink."""
         frame = self._frame(packet, GATEWAY_MAC, "02:00:00:00:01:01")
         return self.run("from_netdev", frame, self.up)
+
+    def node_sends(self, packet: Packet | bytes, *, came_in: int = 0, mark: int = 0) -> Result:
+        """The node's stack sends a packet out by the uplink."""
+        frame = self._frame(packet, "02:00:00:00:01:01", GATEWAY_MAC)
+        return self.run("to_netdev", frame, self.up, ingress_ifindex=came_in, mark=mark)
 
     def _frame(self, packet: Packet | bytes, src: str, dst: str) -> Packet | bytes:
         if isinstance(packet, IP | IPv6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Final
 
 import pytest
 
@@ -20,11 +21,12 @@ from tests.datapath.harness import TC_REDIRECT, TC_SHOT, Node, Rule
 from tests.datapath.packets import echo, tcp, udp
 
 PEER = 1002  # the identity of endpoint b
+PORTS: Final = itertools.cycle(range(1024, 65536))  # each question is a connection of its own
 
 
 def verdict(node: Node, v6: bool, port: int = 80) -> tuple[int, int, int]:
     """(verdict, rule, match type) of a's egress to b."""
-    result = node.send(node.a, tcp(v6, node.a, node.b, "S", random.randint(1024, 65535), port))
+    result = node.send(node.a, tcp(v6, node.a, node.b, "S", next(PORTS), port))
     event = result.verdicts[0]
     assert event["policy_rev"] == node._rev
     assert result.verdict == (TC_REDIRECT if event["verdict"] == 0 else TC_SHOT)
