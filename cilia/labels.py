@@ -28,7 +28,9 @@ NAMESPACE_LABELS_PREFIX: Final = "io.cilium.k8s.namespace.labels."
 CLUSTER_KEY: Final = "io.cilium.k8s.policy.cluster"
 
 MAX_SOURCE: Final = 63
-MAX_KEY: Final = 317  # a Kubernetes qualified name: 253 of prefix, a slash, 63 of name
+# A Kubernetes qualified name (253 of prefix, a slash, 63 of name), as a label of a namespace.
+MAX_KEY: Final = len(NAMESPACE_LABELS_PREFIX) + 317
+NAMESPACE_NAME_KEY: Final = "kubernetes.io/metadata.name"  # every namespace has it, with its name
 MAX_VALUE: Final = 1024
 MAX_LABELS: Final = 256
 
@@ -308,6 +310,21 @@ class LabelFilter:
         """(labels that make the identity, labels that only inform)."""
         identity = [label for label in labels if self.is_identity(label)]
         return Labels(identity), labels.without(label.key for label in identity)
+
+
+def namespace_labels(name: str, labels: Mapping[str, str] | None = None) -> Labels:
+    """What an endpoint is labelled with for being in a namespace: its name, and its own labels.
+
+    Kubernetes' API server gives every namespace a label with its name; so does this. Raises
+    LabelError.
+    """
+    own = {**(labels or {}), NAMESPACE_NAME_KEY: name}
+    return Labels(
+        (
+            Label(SOURCE_K8S, NAMESPACE_KEY, name),
+            *(Label(SOURCE_K8S, NAMESPACE_LABELS_PREFIX + key, x) for key, x in own.items()),
+        )
+    )
 
 
 def labels_from_mapping(values: Mapping[str, str], source: str = SOURCE_K8S) -> Labels:

@@ -91,10 +91,7 @@ class Server:
         return self._names
 
     async def start(self) -> None:
-        _check_path(self.socket)
-        gid = _gid(self._group)
-        _ensure_run_directory(self.socket.parent, gid)
-        remove_stale_socket(self.socket)
+        gid = claim_socket_path(self.socket, self._group)
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(unary_limit_s=self._unary_limit_s)],
             options=[
@@ -130,15 +127,7 @@ class Server:
             ) from error
         finally:
             os.umask(old_umask)
-        if gid is not None:
-            try:
-                os.chown(self.socket, -1, gid)
-                self.socket.chmod(0o660)
-            except PermissionError:  # not root, and not of the group: it stays ours alone
-                log.warning(
-                    "The socket could not be given to its group.",
-                    **{fields.SOCKET: str(self.socket)},
-                )
+        open_to_group(self.socket, gid)
         status = self.socket.stat()
         self._inode = (status.st_dev, status.st_ino)
         await server.start()
@@ -187,6 +176,30 @@ class _NameRecorder:
     def add_registered_method_handlers(self, service_name: str, handlers: Any) -> None:
         self.seen.append(service_name)
         self._server.add_registered_method_handlers(service_name, handlers)
+
+
+def claim_socket_path(path: Path, group: str | None = GROUP) -> int | None:
+    """Makes the path ready to be bound: its directory is there, and no dead socket in it.
+
+    Returns the number of the group whose socket it shall be, None where that group does not exist.
+    Raises SocketInUse or SocketUnusable.
+    """
+    _check_path(path)
+    gid = _gid(group)
+    _ensure_run_directory(path.parent, gid)
+    remove_stale_socket(path)
+    return gid
+
+
+def open_to_group(path: Path, gid: int | None) -> None:
+    """Lets the group connect to a socket that was bound for its owner alone."""
+    if gid is None:
+        return
+    try:
+        os.chown(path, -1, gid)
+        path.chmod(0o660)
+    except PermissionError:  # not root, and not of the group: it stays ours alone
+        log.warning("The socket could not be given to its group.", **{fields.SOCKET: str(path)})
 
 
 def listening_pid(path: Path) -> tuple[bool, int | None]:

@@ -163,9 +163,13 @@ def test_tasks_belong_to_groups(repository: Path) -> None:
     _report(faults)
 
 
-def test_broad_handlers_live_in_two_places(repository: Path) -> None:
+def test_broad_handlers_live_where_work_is_run(repository: Path) -> None:
     """An operating error has a type; only what runs other people's work may catch everything."""
-    allowed = {"cilia/controller.py", "cilia/reconcile.py"}
+    allowed = {
+        "cilia/controller.py",
+        "cilia/reconcile.py",
+        "services/flows/http2/server.py",  # a call that fails ends alone
+    }
     _report(
         [
             f"{name}:{node.lineno}: catches everything; say which errors are expected"

@@ -51,7 +51,7 @@ def test_parse(text: str, source: str, key: str, value: str) -> None:
         ("k8s:a;b=c", "cannot contain ';'"),
         ("k8s:a b=c", "cannot contain a blank"),
         ("k8s:a=\x1b[31m", "cannot be printed"),
-        ("k8s:" + "a" * 318, "longer than 317"),
+        ("k8s:" + "a" * 349, "longer than 348"),
         ("k8s:a=" + "b" * 1025, "longer than 1024"),
         ("s" * 64 + ":a", "at most 63"),
     ],

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cilia.labels import NAMESPACE_KEY, NAMESPACE_LABELS_PREFIX, SOURCE_K8S
+from cilia.labels import (
+    NAMESPACE_KEY,
+    NAMESPACE_LABELS_PREFIX,
+    NAMESPACE_NAME_KEY,
+    SOURCE_K8S,
+)
 from cilia.policy.api import (
     L4,
     MAX_PORT,
@@ -44,8 +49,6 @@ API_VERSION: Final = "networking.k8s.io/v1"
 MAX_RULES: Final = 10_000  # in one list
 MAX_PEERS: Final = 10_000  # of one rule
 MAX_PORTS: Final = 1_000  # of one rule
-# Every namespace carries this label with its own name; the API server sees to it.
-_NAME_LABEL: Final = "kubernetes.io/metadata.name"
 _NAMESPACE_EXISTS: Final = Requirement(SOURCE_K8S, NAMESPACE_KEY, "Exists")
 _DIRECTIONS: Final = ("Ingress", "Egress")
 
@@ -127,11 +130,15 @@ class _Peer:
 
 
 def namespace_requirements(selector: EndpointSelector) -> tuple[Requirement, ...]:
-    """A selector of namespaces, as requirements of the endpoints in them."""
+    """A selector of namespaces, as requirements of the endpoints in them.
+
+    A namespace's name is asked of the endpoint itself, which has it whether or not anybody told
+    this node of the namespace's labels.
+    """
     return (
         *(
             Requirement(SOURCE_K8S, NAMESPACE_KEY, x.operator, x.values)
-            if x.key == _NAME_LABEL
+            if x.key == NAMESPACE_NAME_KEY
             else Requirement(SOURCE_K8S, NAMESPACE_LABELS_PREFIX + x.key, x.operator, x.values)
             for x in selector.requirements
         ),

@@ -8,6 +8,7 @@ from typing import Final
 from cilia.labels import (
     NAMESPACE_KEY,
     NAMESPACE_LABELS_PREFIX,
+    NAMESPACE_NAME_KEY,
     SOURCE_ANY,
     SOURCE_K8S,
     SOURCE_RESERVED,
@@ -16,6 +17,7 @@ from cilia.policy.api import EndpointSelector, Kind, PeerSelector, Requirement, 
 from cilia.policy.schema import Checking
 from cilia.policy.tree import Node
 
+_NAME_LABEL: Final = NAMESPACE_LABELS_PREFIX + NAMESPACE_NAME_KEY
 NAMESPACE_EXISTS: Final = Requirement(SOURCE_K8S, NAMESPACE_KEY, "Exists")
 
 
@@ -54,6 +56,7 @@ def _scope_peer(
 ) -> PeerSelector:
     if not isinstance(selector, EndpointSelector) or kind == Kind.RULES:
         return selector
+    selector = _by_name(selector)
     if reserved_stays and selector.mentions_source(SOURCE_RESERVED):
         return selector
     if _names_namespace(selector):
@@ -62,6 +65,20 @@ def _scope_peer(
     if namespace is None:
         return selector.plus(NAMESPACE_EXISTS)
     return selector.plus(Requirement(SOURCE_K8S, NAMESPACE_KEY, "In", (namespace,)))
+
+
+def _by_name(selector: EndpointSelector) -> EndpointSelector:
+    """Asks for a namespace by the label of its name as by its name, which every endpoint has."""
+    if not selector.mentions(_NAME_LABEL):
+        return selector
+    return EndpointSelector(
+        tuple(
+            Requirement(SOURCE_K8S, NAMESPACE_KEY, x.operator, x.values)
+            if x.key == _NAME_LABEL and x.source in (SOURCE_K8S, SOURCE_ANY)
+            else x
+            for x in selector.requirements
+        )
+    )
 
 
 def scope_rule(rule: Rule, kind: str, namespace: str | None, c: Checking, node: Node) -> Rule:
@@ -73,6 +90,8 @@ def scope_rule(rule: Rule, kind: str, namespace: str | None, c: Checking, node: 
             f"nodes are in no namespace: write a {Kind.CCNP}",
         )
     init = selector.mentions("init", SOURCE_RESERVED)
+    if kind != Kind.RULES:
+        selector = _by_name(selector)
     if namespace is not None:
         selector = _scope_subject(selector, namespace, rule.path, c, node)
     elements = []
