@@ -11,6 +11,7 @@ from typing import TypeVar, assert_never
 
 from cilia.errors import Fault, Origin
 from cilia.identity import MAX_CLUSTER_ID, RESERVED, is_cluster, is_local, reserved_labels
+from cilia.kv.backend import Limits
 from cilia.labels import MAX_LABELS, Label, LabelError, Labels
 from cilia.rpc.convert import identity_to_proto as to_proto_identity
 from cilia.rpc.convert import labels_to_proto
@@ -43,8 +44,11 @@ MAX_WORKLOAD = 253
 MAX_SOURCE = 4096
 MAX_PATH = 1024
 MAX_DOCUMENT_BYTES = 512 * 1024
-MAX_RULE_ORIGINS = 4096
+# As many as the parser gives a document; with it they stay below the store's bound of a request.
+MAX_RULE_ORIGINS = 16384
 MAX_POLICIES = 128
+# What one transaction of the store takes, less keys and framing.
+MAX_TOGETHER_BYTES = Limits().max_request_bytes - MAX_POLICIES * 1024
 MAX_ANNOUNCED = 4096
 MAX_LEASE_TTL_S = 86_400
 MAX_CLUSTER_NUMBER = 0xFFFFFF
@@ -77,8 +81,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def refuse(path: str, message: str) -> InvalidRequestField:
-    return InvalidRequestField([Fault("", path, message)])
+def refuse(path: str, message: str, *, document: str = "") -> InvalidRequestField:
+    return InvalidRequestField([Fault(document, path, message)])
 
 
 # What comes in
@@ -206,13 +210,29 @@ def policies(values: Sequence[pb.Policy]) -> list[Policy]:
     if not values:
         raise refuse("policies", "at least one policy is required")
     if len(values) > MAX_POLICIES:
-        raise refuse("policies", f"{len(values)} policies are more than {MAX_POLICIES} a request")
+        first = values[MAX_POLICIES]
+        raise refuse(
+            "",
+            f"is one too many: {len(values)} documents at once are more than the {MAX_POLICIES} "
+            "that are stored together; apply them in several parts",
+            document=_title(first),
+        )
     found = _each(values, _policy)
     seen: set[PolicyName] = set()
-    for index, policy in enumerate(found):
+    for policy in found:
         if policy.name in seen:
-            raise refuse(f"policies[{index}].name", f"{policy.name} is given twice")
+            raise refuse("metadata.name", "is given twice", document=str(policy.name))
         seen.add(policy.name)
+    sizes = [len(policy.encode()) for policy in found]
+    if sum(sizes) > MAX_TOGETHER_BYTES:
+        largest = found[sizes.index(max(sizes))]
+        raise refuse(
+            "",
+            f"is the largest ({max(sizes)} bytes) of {len(found)} documents that have {sum(sizes)} "
+            f"bytes as stored, {MAX_TOGETHER_BYTES} are stored together; apply them in several "
+            "parts",
+            document=str(largest.name),
+        )
     return found
 
 
@@ -220,7 +240,11 @@ def policy_names(values: Sequence[pb.PolicyName]) -> list[PolicyName]:
     if not values:
         raise refuse("names", "at least one name is required, or all")
     if len(values) > MAX_POLICIES:
-        raise refuse("names", f"{len(values)} names are more than {MAX_POLICIES} a request")
+        raise refuse(
+            "names",
+            f"{len(values)} policies at once are more than the {MAX_POLICIES} that are deleted "
+            "together; delete them in several parts, or all",
+        )
     found = _each(
         values,
         lambda value, index: _policy_name(
@@ -249,28 +273,36 @@ def resume_revision(value: int) -> int:
 def _policy(value: pb.Policy, index: int) -> Policy:
     path = f"policies[{index}]"
     name = _policy_name(value.kind, value.namespace, value.name, path)
+    title = str(name)
     if len(value.document) > MAX_DOCUMENT_BYTES:
         raise refuse(
-            f"{path}.document",
-            f"{value.kind} {value.name} is {len(value.document)} bytes long, "
+            "",
+            f"the document is {len(value.document)} bytes long, "
             f"{MAX_DOCUMENT_BYTES} are allowed: spread its rules over several documents",
+            document=title,
         )
     if len(value.rule_origins) > MAX_RULE_ORIGINS:
-        raise refuse(f"{path}.rule_origins", f"more than {MAX_RULE_ORIGINS}")
+        raise refuse(
+            "",
+            f"{len(value.rule_origins)} rules and entries of it have a place, {MAX_RULE_ORIGINS} "
+            "are allowed: spread its rules over several documents",
+            document=title,
+        )
     try:
         document = json.loads(value.document)
         too_deep = _depth_exceeds(document, MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise refuse(f"{path}.document", f"not JSON: {reason}") from None
+        raise refuse("", f"the document is not JSON: {reason}", document=title) from None
     if too_deep:
-        raise refuse(f"{path}.document", f"nested deeper than {MAX_JSON_DEPTH}")
+        deep = f"the document is nested deeper than {MAX_JSON_DEPTH}"
+        raise refuse("", deep, document=title)
     if not isinstance(document, dict | list):
-        raise refuse(f"{path}.document", "neither an object nor a list")
+        raise refuse("", "the document is neither an object nor a list", document=title)
     try:
         value.document.decode()
     except UnicodeDecodeError:
-        raise refuse(f"{path}.document", "not UTF-8") from None
+        raise refuse("", "the document is not UTF-8", document=title) from None
     return Policy(
         name=name,
         document=value.document,
@@ -283,6 +315,15 @@ def _policy(value: pb.Policy, index: int) -> Policy:
             for number, origin in enumerate(value.rule_origins)
         ),
     )
+
+
+def _title(value: pb.Policy) -> str:
+    name = PolicyName(kind=value.kind, namespace=value.namespace, name=value.name)
+    return _shown_title(str(name))
+
+
+def _shown_title(text: str) -> str:
+    return text if len(text) <= 300 and text.isprintable() else _shown(text)
 
 
 def _policy_name(kind: str, namespace: str, name: str, path: str) -> PolicyName:

@@ -70,7 +70,13 @@ class Policy:
         time, and readable in a dump."""
         about = {
             "origin": _origin(self.origin),
-            "rules": [[path, *_origin(origin)] for path, origin in self.rule_origins],
+            # The source is nearly always the document's own: then it is left out.
+            "rules": [
+                [path, *_origin(origin)]
+                if origin.source != self.origin.source
+                else [path, origin.line, origin.column]
+                for path, origin in self.rule_origins
+            ],
         }
         return _dump(about) + b"\n" + self.document
 
@@ -78,11 +84,15 @@ class Policy:
     def decode(cls, name: PolicyName, data: bytes) -> Policy:
         head, _, document = data.partition(b"\n")
         about = json.loads(head)
+        origin = _to_origin(about["origin"])
         return cls(
             name=name,
             document=document,
-            origin=_to_origin(about["origin"]),
-            rule_origins=tuple((path, _to_origin(rest)) for path, *rest in about["rules"]),
+            origin=origin,
+            rule_origins=tuple(
+                (path, _to_origin(rest if len(rest) == 3 else [origin.source, *rest]))
+                for path, *rest in about["rules"]
+            ),
         )
 
 
@@ -92,7 +102,8 @@ class InvalidRequestField(InvalidError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         first = faults[0]
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        super().__init__(f"{first.path}: {first.message}{more}", faults=faults)
+        where = "".join(f"{part}: " for part in (first.document, first.path) if part)
+        super().__init__(f"{where}{first.message}{more}", faults=faults)
 
 
 def _origin(origin: Origin) -> list[Any]:

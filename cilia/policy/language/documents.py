@@ -37,6 +37,9 @@ from cilia.policy.tree import Node, TreeError, from_plain, parse_text
 MAX_RULES: Final = 10_000  # in one document
 MAX_DOCUMENTS: Final = 20_000
 MAX_DOCUMENT_BYTES: Final = 512 * 1024  # the store's bound of one document, as JSON
+MAX_ORIGINS: Final = (
+    16_384  # rules, entries and port rules of one document: their places are stored
+)
 AUDIT_ANNOTATION: Final = "cilia.io/audit"
 
 _DNS_LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
@@ -326,6 +329,16 @@ def parse_documents(
                     "",
                     f"the document is {len(document.body)} bytes long as stored, "
                     f"{MAX_DOCUMENT_BYTES} are allowed: spread its rules over several documents",
+                    document.origin,
+                )
+            )
+        if len(document.origins) > MAX_ORIGINS:
+            reader.faults.append(
+                Fault(
+                    document.ref,
+                    "",
+                    f"the document has {len(document.origins)} rules, entries and port rules, "
+                    f"{MAX_ORIGINS} are allowed: spread them over several documents",
                     document.origin,
                 )
             )

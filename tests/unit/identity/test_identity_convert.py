@@ -88,7 +88,7 @@ def test_everything_is_taken_or_refused_by_field(
         refusal = error
     if refusal is not None:
         assert refusal.faults
-        assert all(fault.path and fault.message for fault in refusal.faults)
+        assert all((fault.document or fault.path) and fault.message for fault in refusal.faults)
 
 
 @settings(max_examples=300)
@@ -170,13 +170,47 @@ def test_ambiguous_and_oversized_labels_are_refused() -> None:
         assert caught.value.faults[0].path.startswith("labels")
 
 
+def _policy(number: int, *, origins: int = 0, size: int = 0) -> pb.Policy:
+    return pb.Policy(
+        kind="CiliumNetworkPolicy",
+        namespace="d",
+        name=f"p{number}",
+        document=json.dumps({"x": "y" * size}).encode(),
+        rule_origins=[pb.RuleOrigin(path=f"spec.ingress[{i}]") for i in range(origins)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("policies", "document", "message"),
+    [
+        ([_policy(i) for i in range(129)], "d/p128", "129 documents at once are more than the 128"),
+        ([_policy(1), _policy(2, origins=16_385)], "d/p2", "16385 rules and entries"),
+        ([_policy(1), _policy(2, size=600_000)], "d/p2", "600009 bytes long"),
+        ([_policy(i, size=500_000 + i) for i in range(4)], "d/p3", "the largest"),
+        ([_policy(1), _policy(1)], "d/p1", "given twice"),
+    ],
+)
+def test_what_is_too_much_names_the_document(
+    policies: list[pb.Policy], document: str, message: str
+) -> None:
+    with pytest.raises(InvalidRequestField) as caught:
+        convert.policies(policies)
+    (fault,) = caught.value.faults
+    assert fault.document == f"CiliumNetworkPolicy {document}"
+    assert message in fault.message
+    assert str(caught.value).startswith(f"CiliumNetworkPolicy {document}: ")
+
+
 def test_a_policy_survives_the_store_and_the_wire() -> None:
     name = PolicyName(kind="Rules", namespace="", name="a/b %2F_ü")
     policy = Policy(
         name=name,
         document='{"x": "ü"}'.encode(),
         origin=Origin("f.yaml", 3, 4),
-        rule_origins=(("spec.ingress[0]", Origin("f.yaml", 5, 6)),),
+        rule_origins=(
+            ("spec.ingress[0]", Origin("f.yaml", 5, 6)),
+            ("spec.egress[0]", Origin("g.yaml", 7, 8)),
+        ),
     )
     assert Policy.decode(name, policy.encode()) == policy
     proto = convert.policy_to_proto(policy, 9)

@@ -350,3 +350,16 @@ def test_yaml_words_are_those_of_1_2() -> None:
     text = HEAD + INGRESS + "fromEndpoints: [{matchLabels: {country: no, on: yes}}]"
     (document,) = parse_documents(text, source="p").documents
     assert "country=no" in document.rules[0].elements[0].peers_text()
+
+
+def test_more_places_than_are_stored_name_the_document() -> None:
+    rule = {"endpointSelector": {}, "ingress": [{}] * 9000, "egress": [{}] * 9000}
+    body = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumNetworkPolicy",
+        "metadata": {"name": "p"},
+        "spec": rule,
+    }
+    (fault,) = parse_documents(json.dumps(body), source="p.json").faults
+    assert fault.document == "CiliumNetworkPolicy default/p"
+    assert "18003 rules, entries and port rules, 16384 are allowed" in fault.message
