@@ -353,7 +353,11 @@ def test_yaml_words_are_those_of_1_2() -> None:
 
 
 def test_more_places_than_are_stored_name_the_document() -> None:
-    rule = {"endpointSelector": {}, "ingress": [{}] * 9000, "egress": [{}] * 9000}
+    rule: dict[str, object] = {
+        "endpointSelector": {},
+        "ingress": [{}] * 9000,
+        "egress": [{}] * 9000,
+    }
     body = {
         "apiVersion": "cilium.io/v2",
         "kind": "CiliumNetworkPolicy",
