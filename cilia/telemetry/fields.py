@@ -15,6 +15,7 @@ VERSION: Final = "version"
 SIGNAL: Final = "signal"
 EXIT_CODE: Final = "exit_code"
 LOGGER: Final = "logger"
+LINE: Final = "line"
 
 # Controllers, reconcilers, tables
 CONTROLLER: Final = "controller"
