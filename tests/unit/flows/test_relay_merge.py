@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protos.hubble.v1 import observer_pb2
@@ -48,7 +48,7 @@ def test_a_field_that_reaches_beyond_the_end() -> None:
         time_ns(b"\x0a\x7f")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from("abcd"), st.lists(st.integers(1, 40), max_size=20).map(sorted), min_size=1
