@@ -40,6 +40,9 @@ GET_ROUTE: Final = 26
 NEW_NEIGHBOUR: Final = 28
 DELETE_NEIGHBOUR: Final = 29
 GET_NEIGHBOUR: Final = 30
+NEW_RULE: Final = 32
+DELETE_RULE: Final = 33
+GET_RULE: Final = 34
 
 NLM_F_REPLACE: Final = 0x100
 NLM_F_EXCL: Final = 0x200
@@ -291,12 +294,19 @@ class RouteSocket:
 @cache
 def _classes() -> dict[int, Any]:
     """pyroute2's message classes, by the RTM_NEW number of their kind."""
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
     from pyroute2.netlink.rtnl.ndmsg import ndmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-    return {NEW_LINK: ifinfmsg, NEW_ADDRESS: ifaddrmsg, NEW_ROUTE: rtmsg, NEW_NEIGHBOUR: ndmsg}
+    return {
+        NEW_LINK: ifinfmsg,
+        NEW_ADDRESS: ifaddrmsg,
+        NEW_ROUTE: rtmsg,
+        NEW_NEIGHBOUR: ndmsg,
+        NEW_RULE: fibmsg,
+    }
 
 
 def _error_of(message: Message) -> tuple[int, str]:
