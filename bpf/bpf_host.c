@@ -64,6 +64,7 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 	int ret, parsed;
 
 	f->received = true;
+	mark_scrub(ctx);
 	parsed = parse(ctx, p);
 	/* No IP, tagged, or so broken that nobody knows whom it is for. */
 	if (addr_is_zero(&p->daddr))
@@ -110,6 +111,8 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 	}
 	if (f->answer && f->tracked)
 		nat_refresh(w);
+	if (unlikely(f->proxy_port_be))
+		return to_proxy(ctx, p, f);
 	return to_local(ctx, p, f);
 }
 
@@ -160,15 +163,41 @@ SEC("tc")
 int to_netdev(struct __sk_buff *ctx)
 {
 	struct work *w;
+	bool missed;
 	int ret;
 
-	if (likely(!host_row()))
+	missed = proxy_missed(ctx);
+	if (likely(!missed && !host_row()))
 		return TC_ACT_OK;
 	w = begin(ctx, ORIGIN_HOST, DIR_EGRESS);
 	if (!w)
-		return TC_ACT_OK;
+		return missed ? TC_ACT_SHOT : TC_ACT_OK;
+	if (missed) {
+		parse(ctx, &w->p);
+		return drop(ctx, DROP_PROXY_MISSED);
+	}
 	ret = handle_to_netdev(ctx, w);
 	return ret >= 0 ? ret : drop(ctx, -ret);
+}
+
+/*
+ * On cilia_host's ingress: what to_endpoint sent here, to be delivered to the
+ * proxy. Nothing else comes in by this device.
+ */
+SEC("tc")
+int assign_socket(struct __sk_buff *ctx)
+{
+	struct work *w = begin(ctx, ORIGIN_HOST, DIR_INGRESS);
+	int ret;
+
+	if (!w)
+		return TC_ACT_SHOT;
+	if (!mark_is_to_proxy(ctx->mark))
+		return TC_ACT_OK;
+	ret = parse(ctx, &w->p);
+	if (!ret)
+		ret = proxy_assign(ctx, bpf_ntohs(ctx->mark >> 16));
+	return ret ? drop(ctx, -ret) : TC_ACT_OK;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

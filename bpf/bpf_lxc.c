@@ -24,6 +24,7 @@ static __always_inline int handle_from_endpoint(struct __sk_buff *ctx, struct wo
 	struct flow *f = &w->f;
 	int ret;
 
+	mark_scrub(ctx);
 	src = endpoint_by_ifindex(ctx->ifindex);
 	if (!src)
 		return -DROP_NOT_OPEN;
@@ -69,16 +70,24 @@ int from_endpoint(struct __sk_buff *ctx)
 }
 
 /*
- * Who sent what the stack passes to an endpoint: this node itself; an endpoint,
- * whose packet the stack forwarded; or somebody outside.
+ * Who sent what the stack passes to an endpoint: this node itself, or its proxy,
+ * maybe in the name of an endpoint; an endpoint, whose packet the stack
+ * forwarded; or somebody outside.
  */
 static __always_inline int find_sender(struct __sk_buff *ctx, const struct packet *p,
 				       struct flow *f)
 {
 	const struct endpoint *owner;
 
-	if (!ctx->ingress_ifindex)
+	if (!ctx->ingress_ifindex) {
+		f->from_proxy = mark_is_from_proxy(ctx->mark);
+		if (!f->from_proxy)
+			return 0;
+		owner = endpoint_by_addr(&p->saddr);
+		if (owner)
+			end_set(&f->src, owner);
 		return 0;
+	}
 	owner = endpoint_by_addr(&p->saddr);
 	if (!owner) {
 		f->origin = ORIGIN_OUTSIDE;
@@ -118,6 +127,8 @@ static __always_inline int handle_to_endpoint(struct __sk_buff *ctx, struct work
 	}
 	if (addr_is_multicast(&p->daddr))
 		return -DROP_MULTICAST;
+	if (proxy_missed(ctx))
+		return -DROP_PROXY_MISSED;
 	if (!endpoint_owns(dst, &p->daddr))
 		return -DROP_UNKNOWN_TARGET;
 	if (p->flags & PKT_FRAG) {
@@ -132,6 +143,8 @@ static __always_inline int handle_to_endpoint(struct __sk_buff *ctx, struct work
 	ret = ct_track(ctx, w);
 	if (unlikely(ret))
 		return ret;
+	if (unlikely(f->proxy_port_be))
+		return host_to_proxy(ctx, p, f);
 	forwarded(ctx, p, f, TRACE_TO_ENDPOINT);
 	return TC_ACT_OK;
 }

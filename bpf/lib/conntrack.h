@@ -12,7 +12,9 @@
  *      initiator ----packet----> responder        initiator <---packet---- responder
  *        side[0] current? side[1] current?          side[0] current? side[1] current?
  *
- * Only a side whose end is a local endpoint is ever judged.
+ * Only a side whose end is a local endpoint is ever judged. A connection that is
+ * redirected to a proxy is one entry here, that of the initiator with the proxy
+ * (proxy.h); the proxy's own, with the responder, is another, which no side judges.
  */
 #ifndef CILIA_CONNTRACK_H
 #define CILIA_CONNTRACK_H
@@ -20,6 +22,7 @@
 #include "host.h"
 #include "parse.h"
 #include "policy.h"
+#include "proxy.h"
 #include "time.h"
 
 #define CT_FROM_LO (1u << 0) /* the packet was sent by the lo end */
@@ -242,6 +245,12 @@ __noinline int ct_judge_new(struct __sk_buff *ctx, bool egress)
 		return ret;
 	ct_side_set(egress ? &w->entry.side[0] : &w->entry.side[1], w->f.policy_rev, j.remote_id,
 		    w->f.epoch, j.rule_id);
+	if (!denied) {
+		if (egress)
+			w->entry.proxy_port_be = j.proxy_port_be;
+		else
+			w->entry.proxy_port1_be = j.proxy_port_be;
+	}
 	return 0;
 }
 
@@ -252,6 +261,8 @@ static __always_inline int ct_create(struct work *w, __u32 how)
 	long err;
 
 	e->flags = (how & CT_FROM_LO ? CT_F_INIT_LO : 0) |
+		   (e->proxy_port_be || e->proxy_port1_be ? CT_F_PROXY : 0) |
+		   (w->f.from_proxy ? CT_F_FROM_PROXY : 0) |
 		   (w->f.origin == ORIGIN_HOST ? CT_F_FROM_HOST : 0) |
 		   (w->f.origin == ORIGIN_OUTSIDE ? CT_F_OUTSIDE : 0) |
 		   (w->f.dst_id == ID_HOST ? CT_F_TO_HOST : 0) | (w->f.exempt ? CT_F_EXEMPT : 0);
@@ -267,6 +278,36 @@ static __always_inline int ct_create(struct work *w, __u32 how)
 		return -DROP_CT_INSERT;
 	w->f.tracked = true;
 	return 0;
+}
+
+static __always_inline bool packet_is_syn(const struct packet *p)
+{
+	return p->proto == PROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Is the policy of those ends in force that are local? */
+static __always_inline bool flow_is_open(const struct flow *f)
+{
+	const struct end *ep = end_is_local(&f->dst) ? &f->dst : &f->src;
+	const struct policy_meta *meta = policy_meta(ep);
+
+	return end_is_open(ep) && meta && meta->rev;
+}
+
+/*
+ * The proxy connects to an endpoint, on behalf of somebody whose own connection
+ * is judged where it comes in. It does so from an address of the node's: what it
+ * sends with another is an answer of a connection that is not known any more.
+ */
+static __always_inline int ct_admit_proxy(struct work *w, __u32 how)
+{
+	if (end_is_local(&w->f.src) || identity_of_destination(&w->p.saddr) != ID_HOST)
+		return -DROP_NOT_PROXY;
+	if (!flow_is_open(&w->f))
+		return -DROP_NOT_OPEN;
+	memset(&w->entry, 0, sizeof(w->entry));
+	w->entry.side[1].remote_id = ID_HOST;
+	return ct_create(w, how);
 }
 
 /*
@@ -332,14 +373,32 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 	} else if (packet_is_icmp(p)) {
 		track = packet_is_echo_request(p);
 	}
+	if (unlikely(f->from_proxy) && p->proto == PROTO_TCP)
+		return ct_admit_proxy(w, how);
 	memset(&w->entry, 0, sizeof(w->entry));
 	ret = ct_judge_new(ctx, true);
 	if (ret)
 		return ret;
 	ret = ct_judge_new(ctx, false);
+	if (ret)
+		return ret;
+	ret = proxy_choose(w->entry.proxy_port_be, w->entry.proxy_port1_be, &f->proxy_port_be);
 	if (ret || !track)
 		return ret;
 	return ct_create(w, how);
+}
+
+/*
+ * Judged again, a side names another proxy than when the connection began. One
+ * end of TCP is where it is: it cannot move. But one that policy would let pass
+ * directly now may go on where it is, if that is this side's doing alone.
+ */
+static __always_inline bool ct_may_stay(const struct ct_entry *e, __u32 which, __be16 now_be)
+{
+	__be16 began_be = which & 1 ? e->proxy_port1_be : e->proxy_port_be;
+	__be16 other_be = which & 1 ? e->proxy_port_be : e->proxy_port1_be;
+
+	return now_be == began_be || (!now_be && !other_be);
 }
 
 /*
@@ -393,6 +452,9 @@ __noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
 		return 0;
 	}
 	ret = judge(ep, &w->f, &j, &denied);
+	if (ret >= 0 && p->proto == PROTO_TCP &&
+	    !ct_may_stay(e, which, denied ? 0 : j.proxy_port_be))
+		ret = denied = -DROP_PROXY_OTHER;
 	if (ret >= 0) {
 		ct_side_set(side, w->f.policy_rev, j.remote_id, w->f.epoch, j.rule_id);
 		w->f.about = ABOUT_DIRECTION;
@@ -433,6 +495,8 @@ static __always_inline int ct_check(struct __sk_buff *ctx, const struct flow *f,
 	const struct ct_side *receivers = f->reply ? &e->side[0] : &e->side[1];
 	int ret = 0;
 
+	if (unlikely(e->flags & CT_F_FROM_PROXY))
+		return flow_is_open(f) ? 0 : -DROP_NOT_OPEN;
 	if (unlikely(!ct_side_is_current(senders, sender, f->epoch)))
 		ret = ct_rejudge(ctx, f->reply, quoted);
 	if (!ret && unlikely(!ct_side_is_current(receivers, receiver, f->epoch)))
@@ -465,7 +529,7 @@ static __always_inline bool ct_begins_anew(const struct packet *p, const struct 
 					   const struct ct_entry *e)
 {
 	if (p->proto == PROTO_TCP)
-		return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
+		return packet_is_syn(p) &&
 		       (f->reply || ((e->seen[0] | e->seen[1]) & CT_SEEN_CLOSING));
 	if (p->flags & PKT_ECHO)
 		return packet_is_echo_request(p) == f->reply;
@@ -481,6 +545,45 @@ static __always_inline bool ct_is_spoofed(const struct flow *f, const struct ct_
 	if (f->origin != ORIGIN_OUTSIDE)
 		return false;
 	return f->reply ? e->flags & CT_F_TO_HOST : !(e->flags & CT_F_OUTSIDE);
+}
+
+#define CT_BEGINS_ANEW 1
+
+/*
+ * On either leg of a redirected connection one end is the proxy: what the proxy
+ * does not send is not that end's. Returns 0, with f->proxy_port_be set for what
+ * goes to the proxy, CT_BEGINS_ANEW, or a drop reason.
+ */
+static __always_inline int ct_proxied(const struct packet *p, struct flow *f,
+				      const struct ct_entry *e)
+{
+	bool fits;
+
+	if (e->flags & CT_F_FROM_PROXY) {
+		/* The kernel's own reset of a connection whose socket is gone has no mark. */
+		fits = f->reply ? f->origin == ORIGIN_ENDPOINT :
+				  f->from_proxy || (f->origin == ORIGIN_HOST && (p->tcp_flags & TCP_RST));
+	} else if (e->flags & CT_F_PROXY) {
+		fits = f->reply ? f->origin == ORIGIN_HOST : !f->from_proxy;
+	} else {
+		fits = !f->from_proxy;
+	}
+	if (!fits)
+		return packet_is_syn(p) ? CT_BEGINS_ANEW : -DROP_NOT_PROXY;
+	if (f->reply || !(e->flags & CT_F_PROXY))
+		return 0;
+	return proxy_choose(e->proxy_port_be, e->proxy_port1_be, &f->proxy_port_be);
+}
+
+/* The same for an ICMP error about a packet of the connection; f->reply is that packet's. */
+static __always_inline int ct_proxied_error(struct flow *f, const struct ct_entry *e)
+{
+	if (!(e->flags & CT_F_PROXY))
+		return 0;
+	/* What the initiator sent has reached nobody but the proxy. */
+	if (!f->reply)
+		return f->origin == ORIGIN_HOST ? 0 : -DROP_NOT_PROXY;
+	return proxy_choose(e->proxy_port_be, e->proxy_port1_be, &f->proxy_port_be);
 }
 
 /*
@@ -519,7 +622,9 @@ __noinline int ct_related(struct __sk_buff *ctx)
 
 	f->reply = ct_is_reply(e, from_lo);
 	ct_host_ends(f, e, true);
-	ret = ct_check(ctx, f, e, true);
+	ret = ct_proxied_error(f, e);
+	if (!ret)
+		ret = ct_check(ctx, f, e, true);
 	f->reply = !f->reply;
 	flow_identities(p, f);
 	if (ret)
@@ -554,9 +659,19 @@ static __always_inline int ct_track(struct __sk_buff *ctx, struct work *w)
 		return ct_admit(ctx, how | CT_REPLACE);
 	if (unlikely(ct_is_spoofed(f, e)))
 		return -DROP_SOURCE_IP;
+	if (unlikely((e->flags & (CT_F_PROXY | CT_F_FROM_PROXY)) || f->from_proxy)) {
+		ret = ct_proxied(p, f, e);
+		if (ret == CT_BEGINS_ANEW)
+			return ct_admit(ctx, how | CT_REPLACE);
+		if (ret)
+			return ret;
+	}
 	f->state = f->reply ? CT_REPLY : CT_ESTABLISHED;
 	ct_host_ends(f, e, false);
 	ret = ct_check(ctx, f, e, false);
+	/* It can only be made anew, and this may be the attempt. */
+	if (unlikely(ret == -DROP_PROXY_OTHER) && !f->reply && packet_is_syn(p))
+		return ct_admit(ctx, how | CT_REPLACE);
 	if (unlikely(ret))
 		return ret;
 	ct_update(p, f, e);

@@ -57,6 +57,8 @@ struct flow {
 	__u8 about;                 /* ABOUT_*: whose event it is */
 	__u8 exempt;                /* the node's policy is not asked */
 	__u8 received;              /* just now, by a device of the node: not forwarded to here */
+	__u8 from_proxy;            /* sent by a socket of the proxy */
+	__be16 proxy_port_be;       /* it is to be delivered to the proxy that listens there */
 };
 
 /*

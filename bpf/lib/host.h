@@ -40,12 +40,16 @@ static __always_inline bool end_is_host(const struct end *end)
 	return end->flags & EP_F_HOST;
 }
 
+static __always_inline bool mark_is_from_proxy(__u32 mark)
+{
+	mark &= MARK_MAGIC_MASK;
+	return mark == MARK_FROM_INGRESS_PROXY || mark == MARK_FROM_EGRESS_PROXY;
+}
+
 /* Has the proxy sent it, on behalf of a connection that was judged when it came in? */
 static __always_inline bool is_from_proxy(const struct __sk_buff *ctx)
 {
-	__u32 magic = ctx->mark & MARK_MAGIC_MASK;
-
-	return magic == MARK_FROM_INGRESS_PROXY || magic == MARK_FROM_EGRESS_PROXY;
+	return mark_is_from_proxy(ctx->mark);
 }
 
 /*

@@ -92,6 +92,13 @@ struct {
 } cilia_runtime SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct proxy_pair);
+	__type(value, struct proxy_listener);
+} cilia_proxy_pair SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1024);
 	__type(key, __u32);

@@ -93,6 +93,8 @@ __noinline int to_network(struct __sk_buff *ctx)
 /* What the workload sent and conntrack let pass. */
 static __always_inline int deliver(struct __sk_buff *ctx, const struct packet *p, struct flow *f)
 {
+	if (unlikely(f->proxy_port_be))
+		return to_proxy(ctx, p, f);
 	if (likely(end_is_local(&f->dst) && !end_is_host(&f->dst)))
 		return to_local(ctx, p, f);
 	/* Established: the side that was judged knows who the remote is. */

@@ -27,7 +27,7 @@ struct judgement {
 	__u32 rule_id;     /* out */
 	__u8 match_type;   /* out: MATCH_* */
 	__u8 row_flags;    /* out: POLICY_F_* */
-	__u16 pad;
+	__be16 proxy_port_be; /* out; 0: directly */
 };
 
 static __always_inline struct policy_meta *policy_meta(const struct end *ep)
@@ -58,10 +58,11 @@ static __always_inline struct policy_value *policy_probe(void *rows, __u32 ident
 	return bpf_map_lookup_elem(rows, &key);
 }
 
-#define POLICY_HIT (1ULL << 48)
+#define POLICY_HIT (1ULL << 44)
 
 /*
- * Returns 0 (no row), or POLICY_HIT | row flags << 40 | any peer << 39 | l4_plen << 32 | rule.
+ * Returns 0 (no row), or proxy port << 48 | POLICY_HIT | row flags << 40 | any peer << 39 |
+ * l4_plen << 32 | rule.
  *
  * A global function of scalars: the verifier looks at it once, not once for
  * each caller and each state they may be in.
@@ -102,13 +103,14 @@ __noinline __u64 policy_lookup(__u32 slot, __u32 egress, __u32 identity, __u32 p
 found:
 	__sync_fetch_and_add(&best->hits, 1);
 	/* The match type is left to the caller: a branch here would multiply states. */
-	return POLICY_HIT | (__u64)best->flags << 40 | (__u64)best_any << 39 |
-	       (__u64)best_plen << 32 | best->rule_id;
+	return (__u64)best->proxy_port_be << 48 | POLICY_HIT | (__u64)(best->flags & 0xf) << 40 |
+	       (__u64)best_any << 39 | (__u64)best_plen << 32 | best->rule_id;
 }
 
 /*
- * Returns 0 (allowed), -DROP_POLICY (no row) or -DROP_POLICY_DENY. With POLICY_F_AUDIT in row_flags
- * that is what policy would do, if all of it were enforced: to be reported only.
+ * Returns 0 (allowed), -DROP_POLICY (no row), -DROP_POLICY_DENY or -DROP_PROXY_PROTO. With
+ * POLICY_F_AUDIT in row_flags that is what policy would do, if all of it were enforced: to be
+ * reported only.
  */
 static __always_inline int policy_allows(const struct end *ep, struct judgement *j)
 {
@@ -119,10 +121,14 @@ static __always_inline int policy_allows(const struct end *ep, struct judgement 
 		return -DROP_POLICY;
 	j->rule_id = found;
 	j->match_type = policy_match_type((found >> 32) & 0x7f, found >> 39 & 1);
-	j->row_flags = found >> 40;
+	j->row_flags = (found >> 40) & 0xf;
 	if (j->row_flags & POLICY_F_AUDIT)
 		return j->rule_id ? -DROP_POLICY_DENY : -DROP_POLICY;
-	return j->row_flags & POLICY_F_DENY ? -DROP_POLICY_DENY : 0;
+	if (j->row_flags & POLICY_F_DENY)
+		return -DROP_POLICY_DENY;
+	j->proxy_port_be = found >> 48;
+	/* No proxy takes anything else, and to pass it by would not be what the rules say. */
+	return j->proxy_port_be && j->proto != PROTO_TCP ? -DROP_PROXY_PROTO : 0;
 }
 
 static __always_inline void policy_notify(struct __sk_buff *ctx, const struct judgement *j,
@@ -131,7 +137,8 @@ static __always_inline void policy_notify(struct __sk_buff *ctx, const struct ju
 	__u8 direction = j->egress ? DIR_EGRESS : DIR_INGRESS;
 
 	notify(ctx, NOTICE(EVENT_VERDICT, -denied, 0, direction),
-	       flags & EVENT_F_AUDITED ? 0 : denied, NOTICE_MATCH(j->match_type, flags));
+	       flags & EVENT_F_AUDITED ? 0 : denied ?: bpf_ntohs(j->proxy_port_be),
+	       NOTICE_MATCH(j->match_type, flags));
 }
 
 #endif /* CILIA_POLICY_H */

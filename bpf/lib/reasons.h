@@ -26,12 +26,16 @@
 #define DROP_CSUM_L4        154
 #define DROP_CT_INSERT      155
 #define DROP_IP6_EXT        156
+#define DROP_FRAG_PROXY     157
 #define DROP_L2_PROTO       166
 #define DROP_NAT_NO_PORT    167
 #define DROP_NAT_PROTO      168
 #define DROP_FIB            169
 #define DROP_FRAG_UNKNOWN   175
 #define DROP_ICMP6          176
+#define DROP_NO_SOCKET      178
+#define DROP_SOCKET_ASSIGN  179
+#define DROP_PROXY_PROTO    180
 #define DROP_POLICY_DENY    181
 #define DROP_VLAN           182
 
@@ -41,5 +45,9 @@
 #define DROP_MULTICAST    233
 #define DROP_FRAG_STATE   234
 #define DROP_NOT_OPEN     235
+#define DROP_PROXY_MISSED 236 /* on its way to the proxy, and about to leave by a device */
+#define DROP_PROXY_PAIR   237 /* both ends have L7 rules, and no listener enforces both */
+#define DROP_PROXY_OTHER  238 /* the connection is not where its rules are enforced now */
+#define DROP_NOT_PROXY    239 /* sent as a proxied connection's end, but not by the proxy */
 
 #endif /* CILIA_REASONS_H */

@@ -89,7 +89,7 @@ _Static_assert(sizeof(struct policy_key) == 8, "struct policy_key");
 
 struct policy_value {
 	__u32 rule_id;     /* 0: no rule (implicit allow) */
-	__be16 proxy_port_be;
+	__be16 proxy_port_be; /* not 0: allowed by way of the proxy that listens there (TCP only) */
 	__u8 flags;        /* POLICY_F_* */
 	__u8 pad;
 	__u64 hits;        /* verdicts given by this row, not packets */
@@ -117,8 +117,13 @@ _Static_assert(sizeof(struct policy_meta) == 24, "struct policy_meta");
 
 /* ---- the node -------------------------------------------------------- */
 
-/* skb->mark, Cilium's numbers: what a packet says of itself within the node. */
+/*
+ * skb->mark, Cilium's numbers: what a packet says of itself within the node.
+ * What is to be delivered to the proxy has its port in the upper half, in
+ * network order; what the proxy's own sockets send has a mark of theirs.
+ */
 #define MARK_MAGIC_MASK         0x0f00u
+#define MARK_TO_PROXY           0x0200u
 #define MARK_FROM_INGRESS_PROXY 0x0a00u
 #define MARK_FROM_EGRESS_PROXY  0x0b00u
 
@@ -146,7 +151,7 @@ struct ct_key {
 	union addr lo, hi;
 	__be16 lo_port_be, hi_port_be;
 	__u8 proto;
-	__u8 scope;        /* 0: direct; 1 reserved for the leg behind a proxy; CT_SCOPE_NONE */
+	__u8 scope;        /* 0, or CT_SCOPE_NONE */
 	__u16 pad;
 };
 _Static_assert(sizeof(struct ct_key) == 40, "struct ct_key");
@@ -156,11 +161,12 @@ _Static_assert(sizeof(struct ct_key) == 40, "struct ct_key");
 /* ct_entry.flags: written once, before the entry is visible (CT_F_NAT: before the first packet leaves). */
 #define CT_F_INIT_LO   (1u << 0) /* the lo end sent the first packet */
 #define CT_F_NAT       (1u << 1) /* nat_addr, nat_port_be are set */
-#define CT_F_PROXY     (1u << 2) /* reserved */
+#define CT_F_PROXY     (1u << 2) /* the initiator talks to the proxy, which answers as the responder */
 #define CT_F_FROM_HOST (1u << 3) /* the initiator is this node's own stack */
 #define CT_F_OUTSIDE   (1u << 4) /* the initiator came in from outside: never host, node or endpoint identity */
 #define CT_F_TO_HOST   (1u << 5) /* the responder is this node's own stack */
 #define CT_F_EXEMPT    (1u << 6) /* the node's policy is not asked: a control port, or a proxy's connection */
+#define CT_F_FROM_PROXY (1u << 7) /* the initiator is the proxy: judged on the leg before it */
 
 /* ct_entry.seen[direction]: each direction writes its own byte, so two CPUs need no atomics (5.10 has none that or). */
 #define CT_SEEN_NON_SYN (1u << 0) /* a packet without SYN */
@@ -188,9 +194,10 @@ struct ct_entry {
 	__u8 seen[2];            /* CT_SEEN_*, a direction each */
 	union addr nat_addr;     /* the address the world sees (masquerade) */
 	__be16 nat_port_be;
-	__be16 proxy_port_be;
+	__be16 proxy_port_be;    /* of the row that admitted side[0]; 0: none */
 	__u8 flags;              /* CT_F_* */
-	__u8 pad[3];
+	__u8 pad;
+	__be16 proxy_port1_be;   /* of the row that admitted side[1]; 0: none */
 };
 _Static_assert(sizeof(struct ct_entry) == 104, "struct ct_entry");
 
@@ -262,11 +269,29 @@ struct runtime {
 	__u32 report_interval_s;
 	__u32 ct_tcp_s, ct_tcp_syn_s, ct_tcp_fin_s, ct_any_s; /* conntrack lifetimes */
 	__u64 boot_offset_ns; /* wall clock minus monotonic, for readers without a clock of their own */
+	__u32 host_ifindex;   /* cilia_host: where the node's own packets enter that go to the proxy */
+	__u8 host_mac[6];
+	__u16 pad;
+	__u32 pad2;
 };
 #define RT_F_MASQUERADE4       (1u << 0)
 #define RT_F_MASQUERADE6       (1u << 1)
 #define RT_F_ALLOW_FRAG_NEEDED (1u << 2) /* ICMP type 3 code 4 and ICMPv6 type 2 pass whatever policy says */
-_Static_assert(sizeof(struct runtime) == 40, "struct runtime");
+_Static_assert(sizeof(struct runtime) == 56, "struct runtime");
+
+/* ---- proxy ----------------------------------------------------------- */
+
+/* cilia_proxy_pair: the listener of a connection whose both ends have L7 rules. */
+struct proxy_pair {
+	__be16 egress_be, ingress_be; /* what the rows of the two ends name */
+};
+_Static_assert(sizeof(struct proxy_pair) == 4, "struct proxy_pair");
+
+struct proxy_listener {
+	__be16 port_be;
+	__u16 pad;
+};
+_Static_assert(sizeof(struct proxy_listener) == 4, "struct proxy_listener");
 
 /* ---- metrics --------------------------------------------------------- */
 

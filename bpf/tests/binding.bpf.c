@@ -113,6 +113,8 @@ struct every {
 	struct device device;
 	struct frag_key frag_key;
 	struct frag_value frag_value;
+	struct proxy_pair proxy_pair;
+	struct proxy_listener proxy_listener;
 	struct runtime runtime;
 	struct metric metric;
 	struct event event;

@@ -27,11 +27,13 @@ CT_F_FROM_HOST: Final = 1 << 3
 CT_F_OUTSIDE: Final = 1 << 4
 CT_F_TO_HOST: Final = 1 << 5
 CT_F_EXEMPT: Final = 1 << 6
+CT_F_FROM_PROXY: Final = 1 << 7
 
 CT_SCOPE_NONE: Final = 2
 
 # skb->mark
 MARK_MAGIC_MASK: Final = 0x0F00
+MARK_TO_PROXY: Final = 0x0200
 MARK_FROM_INGRESS_PROXY: Final = 0x0A00
 MARK_FROM_EGRESS_PROXY: Final = 0x0B00
 

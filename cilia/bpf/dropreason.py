@@ -36,6 +36,9 @@ INVALID_IDENTITY: Final = 171
 UNKNOWN_SENDER: Final = 172
 FRAG_NOT_FOUND: Final = 175
 FORBIDDEN_ICMP6: Final = 176
+SOCKET_LOOKUP_FAILED: Final = 178
+SOCKET_ASSIGN_FAILED: Final = 179
+PROXY_UNSUPPORTED_PROTO: Final = 180
 POLICY_DENIED_BY_RULE: Final = 181
 
 ARP_NOT_GATEWAY: Final = 230
@@ -44,6 +47,10 @@ OVERLAPPING_FRAGMENT: Final = 232
 MULTICAST: Final = 233
 FRAG_TABLE_FULL: Final = 234
 ENDPOINT_NOT_OPEN: Final = 235
+PROXY_MISSED: Final = 236
+NO_PROXY_PAIR: Final = 237
+OTHER_PROXY: Final = 238
+NOT_THE_PROXY: Final = 239
 
 _NOT_DROPS: Final[dict[int, str]] = {
     FORWARDED: "Forwarded",
@@ -114,6 +121,10 @@ _TEXTS: Final[dict[int, str]] = {
     MULTICAST: "Multicast or broadcast not supported",
     FRAG_TABLE_FULL: "Fragment state table full or out of order",
     ENDPOINT_NOT_OPEN: "Endpoint is not open",
+    PROXY_MISSED: "Marked for the proxy, but about to leave by a device",
+    NO_PROXY_PAIR: "Both ends have L7 rules, and no listener for both is ready",
+    OTHER_PROXY: "The connection began under other L7 rules; it has to be made anew",
+    NOT_THE_PROXY: "End of a proxied connection, but not sent by the proxy",
 }
 
 DROP_REASONS: Final = tuple(_TEXTS)

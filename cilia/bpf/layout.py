@@ -91,7 +91,8 @@ CT_ENTRY: Final = np.dtype(
         ("nat_port_be", ">u2"),
         ("proxy_port_be", ">u2"),
         ("flags", "u1"),
-        ("pad", "u1", 3),
+        ("pad", "u1"),
+        ("proxy_port1_be", ">u2"),
     ]
 )
 NAT_KEY: Final = np.dtype(
@@ -136,8 +137,14 @@ RUNTIME: Final = np.dtype(
         ("ct_tcp_fin_s", "u4"),
         ("ct_any_s", "u4"),
         ("boot_offset_ns", "u8"),
+        ("host_ifindex", "u4"),
+        ("host_mac", "u1", 6),
+        ("pad", "u2"),
+        ("pad2", "u4"),
     ]
 )
+PROXY_PAIR: Final = np.dtype([("egress_be", ">u2"), ("ingress_be", ">u2")])
+PROXY_LISTENER: Final = np.dtype([("port_be", ">u2"), ("pad", "u2")])
 METRIC: Final = np.dtype([("packets", "u8"), ("bytes", "u8")])
 EVENT: Final = np.dtype(
     [
@@ -350,6 +357,8 @@ CILIA: Final = LayoutSet(
         "frag_range": FRAG_RANGE,
         "frag_value": FRAG_VALUE,
         "runtime": RUNTIME,
+        "proxy_pair": PROXY_PAIR,
+        "proxy_listener": PROXY_LISTENER,
         "metric": METRIC,
         "event": EVENT,
     },
@@ -364,6 +373,7 @@ CILIA: Final = LayoutSet(
         "cilia_frag": (FRAG_KEY, FRAG_VALUE),
         "cilia_devices": (U32, DEVICE),
         "cilia_runtime": (U32, RUNTIME),
+        "cilia_proxy_pair": (PROXY_PAIR, PROXY_LISTENER),
         "cilia_metrics": (U32, METRIC),
         "cilia_lost": (U32, U64),
     },

@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 PROGRAMS: Final = {
     "bpf_lxc.o": ("from_endpoint", "to_endpoint"),
-    "bpf_host.o": ("from_netdev", "to_netdev"),
+    "bpf_host.o": ("from_netdev", "to_netdev", "assign_socket"),
 }
 MAPS: Final = (
     "cilia_lxc",
@@ -58,6 +58,7 @@ MAPS: Final = (
     "cilia_frag",
     "cilia_devices",
     "cilia_runtime",
+    "cilia_proxy_pair",
     "cilia_metrics",
     "cilia_events",
     "cilia_lost",
@@ -228,9 +229,10 @@ class Datapath:
         """Settings of this run, on top of the epoch of the last one."""
         config = self._config
         raw = await self.run(self.map("cilia_runtime").lookup, bytes(4))
-        epoch = int(np.frombuffer(raw, RUNTIME)[0]["ipcache_epoch"]) if raw else 0
         row = self._runtime
-        row["ipcache_epoch"] = max(epoch, 1)
+        if raw:
+            row[:] = np.frombuffer(raw, RUNTIME)
+        row["ipcache_epoch"] = max(int(row[0]["ipcache_epoch"]), 1)
         row["flags"] = (
             (RT_F_MASQUERADE4 if config.masquerade4 else 0)
             | (RT_F_MASQUERADE6 if config.masquerade6 else 0)
@@ -248,6 +250,13 @@ class Datapath:
     @property
     def epoch(self) -> int:
         return int(self._runtime[0]["ipcache_epoch"])
+
+    async def set_host_device(self, ifindex: int, mac: bytes) -> None:
+        """Where the node's own packets enter that go to the proxy."""
+        async with self._runtime_lock:
+            self._runtime["host_ifindex"] = ifindex
+            self._runtime["host_mac"] = np.frombuffer(mac, "u1")
+            await self.run(self.map("cilia_runtime").update, bytes(4), self._runtime.tobytes())
 
     async def raise_epoch(self) -> None:
         """Every live connection looks its peers' identities up again at its next packet."""

@@ -26,6 +26,7 @@ from typing import Final
 
 from cilia.net import sysctl
 from cilia.net.device import DeviceAddress, HostDevice, Link, Network, Route
+from cilia.net.errors import InterfaceGone
 from cilia.net.watch import NetworkEvent, watch_network
 from cilia.table import ReadTable, Table
 from services.agent.config import AgentConfig
@@ -85,7 +86,19 @@ class HostNetwork:
         """Raises NetworkError."""
         view = await self._datapath.run(self._look)
         self._take(view)
-        await self._datapath.run(self._ensure_host_pair)
+        device = await self._datapath.run(self._ensure_host_pair)
+        self._attachments.upsert(
+            AttachRow(
+                hook=f"{HOST_DEVICE}_ingress",
+                interface=HOST_DEVICE,
+                ifindex=device.index,
+                direction="ingress",
+                program="assign_socket",
+            )
+        )
+        await self._datapath.set_host_device(
+            device.index, bytes.fromhex(device.mac.replace(":", ""))
+        )
         await self.refresh()
 
     async def stop(self) -> None:
@@ -104,7 +117,7 @@ class HostNetwork:
                     device = f" dev {link.name}" if link else ""
                     raise PoolOverlap(pool.network, f"route {route.destination}{via}{device}")
 
-    def _ensure_host_pair(self) -> None:
+    def _ensure_host_pair(self) -> Link:
         host = self._datapath.host_network()
         host.ensure_host_pair(HOST_DEVICE, _HOST_PEER, mtu=self.mtu)
         for name in (HOST_DEVICE, _HOST_PEER):
@@ -118,6 +131,10 @@ class HostNetwork:
             # Of an earlier run with another pool.
             if found.interface not in wanted and not found.interface.is_link_local:
                 host.delete_address(HOST_DEVICE, found.interface)
+        device = host.find_link(HOST_DEVICE)
+        if device is None:
+            raise InterfaceGone(f"{HOST_DEVICE} went while it was set up")
+        return device
 
     def _look(self) -> HostView:
         host = self._datapath.host_network()

@@ -146,6 +146,7 @@ class Rule:
     deny: bool = False
     audit: bool = False
     id: int = 1
+    proxy: int = 0
 
 
 def allow(egress: bool, **fields: Any) -> Rule:
@@ -242,6 +243,7 @@ class Node:
             "to_endpoint": lxc.program("to_endpoint"),
             "from_netdev": host.program("from_netdev"),
             "to_netdev": host.program("to_netdev"),
+            "assign_socket": host.program("assign_socket"),
         }
         self.lxc = lxc
         self.ring = RingReader(lxc.map("cilia_events"), layout.EVENT, lost=lxc.map("cilia_lost"))
@@ -302,7 +304,10 @@ class Node:
 
     def reset(self) -> None:
         """Two open endpoints that allow everything; world, host and router in the ipcache."""
-        for name in ("cilia_lxc", "cilia_ifindex", "cilia_ipcache", "cilia_ct", "cilia_nat"):
+        for name in (
+            "cilia_lxc", "cilia_ifindex", "cilia_ipcache", "cilia_ct", "cilia_nat",
+            "cilia_proxy_pair",
+        ):  # fmt: skip
             table = self.map(name)
             for key in list(table.keys()):
                 table.delete(key)
@@ -419,6 +424,7 @@ class Node:
             key["l4_plen_egress"] = layout.plen_egress(rule.plen, rule.egress)
             value = np.zeros(1, layout.POLICY_VALUE)
             value["rule_id"] = rule.id
+            value["proxy_port_be"] = rule.proxy
             value["flags"] = (constants.POLICY_F_DENY if rule.deny else 0) | (
                 constants.POLICY_F_AUDIT if rule.audit else 0
             )

@@ -22,7 +22,10 @@ from tests.datapath.harness import (
 )
 from tests.datapath.packets import tcp, udp
 
-PROGRAMS = {"bpf_lxc": ("from_endpoint", "to_endpoint"), "bpf_host": ("from_netdev", "to_netdev")}
+PROGRAMS = {
+    "bpf_lxc": ("from_endpoint", "to_endpoint"),
+    "bpf_host": ("from_netdev", "to_netdev", "assign_socket"),
+}
 ROUTERS = [
     {},
     {"ROUTER_IP4": layout.to_addr(ROUTER4)},
@@ -73,8 +76,9 @@ def test_no_helper_is_newer_than_the_floor(objects: None) -> None:
         "bpf_csum_diff", "bpf_fib_lookup", "bpf_get_prandom_u32", "bpf_get_smp_processor_id",
         "bpf_ktime_get_ns", "bpf_l3_csum_replace", "bpf_l4_csum_replace", "bpf_map_delete_elem",
         "bpf_map_lookup_elem", "bpf_map_update_elem", "bpf_redirect", "bpf_redirect_neigh",
-        "bpf_redirect_peer", "bpf_ringbuf_reserve", "bpf_ringbuf_submit", "bpf_sk_lookup_udp",
-        "bpf_sk_release", "bpf_skb_change_head", "bpf_skb_change_tail", "bpf_skb_load_bytes",
+        "bpf_redirect_peer", "bpf_ringbuf_reserve", "bpf_ringbuf_submit", "bpf_sk_assign",
+        "bpf_sk_fullsock", "bpf_sk_lookup_udp", "bpf_sk_release",
+        "bpf_skb_change_head", "bpf_skb_change_tail", "bpf_skb_load_bytes",
         "bpf_skb_pull_data", "bpf_skb_store_bytes", "bpf_skc_lookup_tcp",
     }  # fmt: skip
     used = set()

