@@ -494,7 +494,10 @@ class L7Rules:
 
 @dataclass(frozen=True, slots=True)
 class PortRule:
-    """Ports, and what a proxy must enforce on them: one entry of toPorts or icmps."""
+    """Ports, and what a proxy must enforce on them: one entry of toPorts or icmps.
+
+    Its origin is that of its element, unless it has L7 rules.
+    """
 
     l4: tuple[L4, ...] = ()
     named: tuple[NamedPort, ...] = ()

@@ -38,7 +38,7 @@ MAX_RULES: Final = 10_000  # in one document
 MAX_DOCUMENTS: Final = 20_000
 MAX_DOCUMENT_BYTES: Final = 512 * 1024  # the store's bound of one document, as JSON
 MAX_ORIGINS: Final = (
-    16_384  # rules, entries and port rules of one document: their places are stored
+    16_384  # rules, entries and L7 port rules of a document: their places are stored
 )
 AUDIT_ANNOTATION: Final = "cilia.io/audit"
 
@@ -337,7 +337,7 @@ def parse_documents(
                 Fault(
                     document.ref,
                     "",
-                    f"the document has {len(document.origins)} rules, entries and port rules, "
+                    f"the document has {len(document.origins)} rules and entries, "
                     f"{MAX_ORIGINS} are allowed: spread them over several documents",
                     document.origin,
                 )

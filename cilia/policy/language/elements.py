@@ -3,6 +3,7 @@ together."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from cilia.policy.api import (
@@ -17,7 +18,7 @@ from cilia.policy.api import (
     unenforced_parts,
 )
 from cilia.policy.language.networks import CIDR_RULE, CidrPeer
-from cilia.policy.language.ports import DENY_PORT_RULES, ICMPS, PORT_RULES
+from cilia.policy.language.ports import DENY_PORT_RULES, ICMPS, NO_ORIGIN, PORT_RULES
 from cilia.policy.language.requests import FQDN_PEER
 from cilia.policy.language.selectors import SELECTOR
 from cilia.policy.schema import (
@@ -143,6 +144,7 @@ class ElementType:
         return self.object.check(node, path, c)
 
     def build(self, v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
+        origin = c.mark(path, node)
         given = [name for name in self.peer_kinds if name in v]
         for name in given[1:]:
             c.fault(
@@ -162,7 +164,10 @@ class ElementType:
         for rule in port_rules or ():
             self.check_parser(rule, node.value["toPorts"], c)
         if port_rules or icmps:  # an empty list is like none
-            ports = (*(port_rules or ()), *(icmps or ()))
+            ports = tuple(
+                replace(x, origin=origin) if x.origin is NO_ORIGIN else x
+                for x in (*(port_rules or ()), *(icmps or ()))
+            )
         unenforced = ""
         mode = v.get("authentication", {}).get("mode", "disabled")
         if mode == "required":
@@ -183,7 +188,7 @@ class ElementType:
             egress=self.egress,
             deny=self.deny,
             path=path,
-            origin=c.mark(path, node),
+            origin=origin,
             peers=peers,
             ports=ports,
             requires=tuple(v[self.requires]) if self.requires in v else None,

@@ -241,7 +241,7 @@ def _entries(side: str, other: str) -> ListOf:
                     l4=of_any(found),
                     named=tuple(dict.fromkeys(x for x in found if isinstance(x, NamedPort))),
                     path=f"{path}.ports",
-                    origin=c.mark(f"{path}.ports", node.value["ports"]),
+                    origin=origin,
                 ),
             )
         return _Entry(tuple(v.get(side, ())), ports, path, origin)

@@ -19,6 +19,7 @@ from cilia.policy.api import (
     PROTO_UDP,
     L7Rules,
     NamedPort,
+    Origin,
     PortRule,
 )
 from cilia.policy.language.requests import L7, TLS
@@ -37,6 +38,7 @@ from cilia.policy.schema import (
 )
 from cilia.policy.tree import Node
 
+NO_ORIGIN: Final = Origin("")  # to be that of the entry
 MAX_PORTS: Final = 40  # Cilium's bound of one `ports` list
 MAX_PORT_RULES: Final = 1000
 PROTOCOLS: Final[Mapping[str, int]] = {
@@ -197,7 +199,8 @@ def _build_port_rule(v: dict[str, Any], node: Node, path: str, c: Checking) -> A
         named=tuple(dict.fromkeys(x for x in ports if isinstance(x, NamedPort))),
         l7=l7,
         path=path,
-        origin=c.mark(path, node),
+        # Places are stored, and there may be many: only L7 rules are told by their own.
+        origin=c.mark(path, node) if l7 is not None else NO_ORIGIN,
     )
 
 
@@ -333,9 +336,7 @@ def _build_icmp(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
 def _build_icmps(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
     if not v.get("fields"):
         c.warn(path, node, "lists no ICMP types, so it selects no traffic")
-    return PortRule(
-        l4=tuple(dict.fromkeys(v.get("fields", ()))), path=path, origin=c.mark(path, node)
-    )
+    return PortRule(l4=tuple(dict.fromkeys(v.get("fields", ()))), path=path, origin=NO_ORIGIN)
 
 
 ICMPS: Final = ListOf(

@@ -116,13 +116,18 @@ def test_named_ports_beside_numbers() -> None:
     assert found.l4 == found.ports[0].l4 == (L4(6, 8, 8), L4(17, 8, 8), L4(132, 8, 8))
 
 
-def test_each_port_rule_keeps_its_own_place() -> None:
-    text = "toPorts:\n    - ports: [{port: '80'}]\n    - ports: [{port: '81'}]"
+def test_l7_rules_keep_their_own_place() -> None:
+    rest = ", protocol: TCP}], rules: {http: [{}]}"
+    text = (
+        "toPorts:\n    - ports: [{port: '79'}]\n"
+        f"    - {{ports: [{{port: '80'{rest}}}\n    - {{ports: [{{port: '81'{rest}}}"
+    )
     found = element(text).ports
     assert found is not None
     assert [(x.path, x.origin.line) for x in found] == [
-        ("spec.egress[0].toPorts[0]", 8),
+        ("spec.egress[0].toPorts[0]", 7),
         ("spec.egress[0].toPorts[1]", 9),
+        ("spec.egress[0].toPorts[2]", 10),
     ]
 
 

@@ -366,4 +366,4 @@ def test_more_places_than_are_stored_name_the_document() -> None:
     }
     (fault,) = parse_documents(json.dumps(body), source="p.json").faults
     assert fault.document == "CiliumNetworkPolicy default/p"
-    assert "18003 rules, entries and port rules, 16384 are allowed" in fault.message
+    assert "18003 rules and entries, 16384 are allowed" in fault.message
