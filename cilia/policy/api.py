@@ -507,12 +507,12 @@ class PortRule:
 
 
 def unenforced_parts(rule: PortRule) -> tuple[str, ...]:
-    """What of a port rule nobody enforces yet, each as why."""
+    """What of a port rule nobody enforces without a proxy, each as why."""
     if rule.l7 is not None:
         what = {PARSER_TLS: "TLS contexts and server names", PARSER_LISTENER: "listeners"}
         parser = what.get(rule.l7.parser, f"{rule.l7.parser} rules")
         return (f"{parser} have no proxy to enforce them yet",)
-    return tuple(f"named port {x.name!r} is not resolved yet" for x in rule.named)
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

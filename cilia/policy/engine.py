@@ -295,6 +295,11 @@ class PolicyEngine:
     # ---- what rules need besides documents
 
     @property
+    def watched(self) -> tuple[bool, bool]:
+        """Whether there are a table of DNS names, and one of services."""
+        return self._fqdn is not None, self._services is not None
+
+    @property
     def enforcers(self) -> frozenset[str]:
         """The L7 parsers that somebody enforces; port rules of others allow nothing."""
         return self._enforcers

@@ -7,7 +7,7 @@
     default deny      deny entries alone, which isolate all the same; and rules that isolate
                       endpoints which were open (only if these are given)
     no DNS            toFQDNs where no rule lets the endpoints ask DNS through the proxy
-    grants nothing    requirements without peers
+    grants nothing    requirements without peers; and what has no enforcer (if these are given)
 
 Silence is no proof: that one selector covers another is told from their requirements, not from what
 values there may be. The cost is about linear in the number of entries.
@@ -24,6 +24,7 @@ from cilia.labels import NAMESPACE_KEY, SOURCE_K8S, SOURCE_RESERVED, Labels
 from cilia.policy.api import (
     L4,
     PROTO_TCP,
+    AbsentSelector,
     CidrSelector,
     Document,
     Element,
@@ -37,6 +38,8 @@ from cilia.policy.api import (
     PortRule,
     Requirement,
     Rule,
+    ServiceSelector,
+    unenforced_parts,
 )
 from cilia.policy.selectorcache import SelectorCache
 
@@ -47,23 +50,34 @@ MAX_NAMED: Final = 3  # endpoints named in a warning
 _NO_PORTS: Final = (PortRule(),)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enforcers:
+    """Who is there to enforce what the kernel cannot."""
+
+    parsers: frozenset[str] = frozenset()  # of L7 rules, as the engine is told
+    names: bool = False  # somebody watches DNS
+    services: bool = False  # somebody watches services
+
+
 def lint(
     documents: Iterable[Document],
     endpoints: Mapping[str, Labels] | None = None,
     *,
     before: Iterable[Document] = (),
+    enforcers: Enforcers | None = None,
 ) -> tuple[Fault, ...]:
     """Warnings about documents, in order of document and place.
 
     `endpoints` (labels by name) are those there are; without them nothing is said that depends on
     them. `before` are the documents in force, of which those of the same name are replaced: with
     them, only endpoints that were open until now are said to become isolated, and what shadows is
-    sought among them too; nothing is said about them.
+    sought among them too; nothing is said about them. `enforcers` is who would enforce them;
+    without it everybody is taken to be there.
     """
     given = sorted(documents, key=lambda x: x.key)
     names = {x.key for x in given}
     kept = [x for x in before if x.key not in names]
-    found = _Lint(given, kept, dict(endpoints) if endpoints is not None else None)
+    found = _Lint(given, kept, dict(endpoints) if endpoints is not None else None, enforcers)
     return tuple(sorted(found.run(), key=lambda x: (x.origin, x.path, x.message)))
 
 
@@ -88,8 +102,10 @@ class _Lint:
         given: list[Document],
         kept: list[Document],
         endpoints: dict[str, Labels] | None,
+        enforcers: Enforcers | None,
     ) -> None:
         self.given, self.kept, self.endpoints = given, kept, endpoints
+        self.enforcers = enforcers
         self.entries = [
             _Entry(document, rule, element, order, given=wanted)
             for order, (document, rule, element, wanted) in enumerate(
@@ -164,6 +180,8 @@ class _Lint:
                 "requirements only narrow what other entries allow: without peers this one allows "
                 "nothing",
             )
+        for why in self.missing(element):
+            self.warn(document, element.path, element.origin, f"allows nothing: {why}")
         for rule_ in element.ports or ():
             if rule_.l7 is not None and rule_.l7.parser == "dns" and not rule_.named:
                 protos = {x.proto for x in rule_.l4}
@@ -174,6 +192,29 @@ class _Lint:
                         rule_.origin,
                         "dns rules on TCP only: nearly all questions are asked over UDP",
                     )
+
+    def missing(self, element: Element) -> list[str]:
+        """Why an entry, or a part of it, has nobody to enforce it."""
+        whys: dict[str, None] = {}
+        if element.unenforced:
+            whys[element.unenforced] = None
+        for peer in element.peers or ():
+            match peer:
+                case AbsentSelector(what):
+                    whys[f"{what} cannot be resolved"] = None
+                case FQDNSelector() if self.enforcers is not None and not self.enforcers.names:
+                    whys["toFQDNs needs DNS answers, and nobody watches DNS"] = None
+                case ServiceSelector() if (
+                    self.enforcers is not None and not self.enforcers.services
+                ):
+                    whys["toServices needs services, and nobody watches them"] = None
+                case _:
+                    pass
+        if self.enforcers is not None:
+            for rule in element.ports or ():
+                if rule.l7 is not None and rule.l7.parser not in self.enforcers.parsers:
+                    whys |= dict.fromkeys(unenforced_parts(rule))
+        return list(whys)
 
     # ---- what covers what
 
@@ -459,4 +500,4 @@ def _mutual(entry: _Entry, other: _Entry) -> bool:
     )
 
 
-__all__ = ["contradiction", "lint"]
+__all__ = ["Enforcers", "contradiction", "lint"]

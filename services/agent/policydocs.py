@@ -13,6 +13,7 @@ from typing import Final
 
 from cilia.errors import DomainError, InvalidError, Kind, NotFoundError
 from cilia.policy import Document, Fault, parse_documents
+from cilia.policy.lint import Enforcers, lint
 from services.agent.clients import IdentityClient, Outcome
 from services.agent.clusterwatch import ClusterView, PolicyEntry, PolicyName
 from services.agent.endpoint import SubjectKey
@@ -139,6 +140,7 @@ class PolicyDocuments:
         if not documents:
             raise NoDocuments
         await self._refuse_overflow(documents)
+        warnings += await self._lint(documents.values())
         concerned = [*documents.values(), *self._in_force(documents)]
         failed_before = frozenset(self._regeneration.failing)
         entries = [PolicyEntry.of(document) for document in documents.values()]
@@ -177,6 +179,21 @@ class PolicyDocuments:
                 told=_DELETED,
             )
         return revision, outcomes
+
+    async def _lint(self, documents: Iterable[Document]) -> tuple[Fault, ...]:
+        """What is legal and probably not meant, for the endpoints and enforcers of this node."""
+        calculation = self._regeneration.calculation
+        names, services = calculation.engine.watched
+        enforcers = Enforcers(parsers=calculation.engine.enforcers, names=names, services=services)
+        endpoints = {
+            name: subject.labels
+            for subject in calculation.subjects.values()
+            for name in subject.users.values()
+        }
+        before = tuple(calculation.documents.values())
+        given = tuple(documents)
+        # A large policy set must not hold the loop; documents never change.
+        return await asyncio.to_thread(lint, given, endpoints, before=before, enforcers=enforcers)
 
     def _in_force(self, names: Iterable[PolicyName]) -> list[Document]:
         """The present form of these."""

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
+from protos.identity.v1 import identity_pb2
 from tests.integration.agentnode import WORLD4, WORLD6, AgentNode, eventually, refused
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
@@ -35,6 +36,8 @@ def running() -> Iterator[AgentNode]:
         node.workload("server", "app=server")
         node.workload("friend", "app=friend")
         node.workload("stranger", "app=stranger")
+        node.workload("pod", "k8s:role=pod")
+        node.workload("peer", "k8s:role=peer")
         yield node
 
 
@@ -228,9 +231,44 @@ def test_invalid_document_changes_nothing_and_names_every_fault(node: AgentNode)
     assert [policy.name for policy in kept.policies] == ["friends"]
 
 
-def test_deleting_an_unknown_policy_is_refused(node: AgentNode) -> None:
-    from protos.identity.v1 import identity_pb2
+def test_a_network_policy_of_kubernetes_is_enforced_and_stored(node: AgentNode) -> None:
+    text = """
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: friends, namespace: default}
+spec:
+  podSelector: {matchLabels: {role: pod}}
+  ingress:
+  - from: [{podSelector: {matchLabels: {role: peer}}}]
+"""
+    node.apply(text)
+    pod = node.get("pod")
+    assert pod.ingress_enforced
+    assert not pod.egress_enforced
+    for address in addresses(pod):
+        assert node.ping("peer", address)
+        assert not node.ping("stranger", address)
+    (kept,) = node.policy.Get(pb.GetPoliciesRequest(), timeout=10).policies
+    assert (kept.kind, kept.namespace, kept.name) == ("NetworkPolicy", "default", "friends")
+    assert [x.change for x in node.apply(text).outcomes] == [identity_pb2.Outcome.UNCHANGED]
 
+
+def test_what_is_probably_not_meant_is_said_by_apply(node: AgentNode) -> None:
+    first = node.apply(ALLOW_FRIEND, dry_run=True)
+    assert [x.message.partition(":")[0] for x in first.warnings] == [
+        "puts default/server in default deny"
+    ]
+    assert first.warnings[0].origin.line == 7
+    node.apply(ALLOW_FRIEND)
+    again = node.apply(
+        ALLOW_FRIEND.replace("friends", "more").replace("app: friend", "app: nobody")
+    )
+    assert [x.message for x in again.warnings] == [
+        "a peer selects none of the endpoints: app=nobody, k8s:io.kubernetes.pod.namespace=default"
+    ]
+
+
+def test_deleting_an_unknown_policy_is_refused(node: AgentNode) -> None:
     name = identity_pb2.PolicyName(kind="CiliumNetworkPolicy", namespace="default", name="none")
     code, message = refused(
         lambda: node.policy.Delete(pb.DeleteRequest(names=[name], wait=True), timeout=10)

@@ -11,11 +11,9 @@ from cilia.policy.api import (
     AbsentSelector,
     Element,
     EntitySelector,
-    FQDNSelector,
     PeerSelector,
     PortRule,
     ServiceSelector,
-    unenforced_parts,
 )
 from cilia.policy.language.networks import CIDR_RULE, CidrPeer
 from cilia.policy.language.ports import DENY_PORT_RULES, ICMPS, NO_ORIGIN, PORT_RULES
@@ -174,16 +172,8 @@ class ElementType:
             unenforced = "mutual authentication is not supported yet"
         elif mode == "test-always-fail":
             unenforced = "authentication mode test-always-fail never lets anything pass"
-        if peers is not None:
-            self.check_enforceable(peers, ports or (), node, path, c)
-        else:
-            self.check_enforceable((), ports or (), node, path, c)
-        if unenforced:
-            c.warn(
-                f"{path}.authentication",
-                node.value["authentication"],
-                f"{unenforced}: this entry allows nothing",
-            )
+        if self.deny:
+            self.check_denials(peers or (), node, path, c)
         element = Element(
             egress=self.egress,
             deny=self.deny,
@@ -206,38 +196,15 @@ class ElementType:
                 f"{rule.path}.rules.dns", at, "dns rules belong to egress: what may be asked for"
             )
 
-    def check_enforceable(
-        self,
-        peers: tuple[PeerSelector, ...],
-        ports: tuple[PortRule, ...],
-        node: Node,
-        path: str,
-        c: Checking,
+    def check_denials(
+        self, peers: tuple[PeerSelector, ...], node: Node, path: str, c: Checking
     ) -> None:
-        """What nobody can enforce yet: in a deny rule a fault, for ignoring it would open."""
-        absent: dict[str, None] = {}
-        for x in peers:
-            match x:
-                case AbsentSelector(what):
-                    absent[what] = None
-                case FQDNSelector():
-                    absent["toFQDNs"] = None
-                case ServiceSelector():
-                    absent["toServices"] = None
-                case _:
-                    pass
-        for what in absent:
-            at = node.value.get(what) or node
-            if self.deny:
-                message = "is not supported yet in a deny rule: it would deny nothing"
-                c.fault(f"{path}.{what}", at, message)
-            else:
-                c.warn(f"{path}.{what}", at, "is not resolved yet: it allows nothing")
-        for rule in ports:
-            for why in unenforced_parts(rule):
-                if self.deny:
-                    c.fault(
-                        f"{path}.toPorts", node.value["toPorts"], f"{why}: it would deny nothing"
-                    )
-                else:
-                    c.warn(rule.path, node, f"{why}: this port rule allows nothing")
+        """Peers that nothing may ever resolve are a fault here: to ignore them would open."""
+        named = [
+            x.what if isinstance(x, AbsentSelector) else "toServices"
+            for x in peers
+            if isinstance(x, AbsentSelector | ServiceSelector)
+        ]
+        for what in dict.fromkeys(named):
+            message = "is not supported in a deny rule: while nobody knows them, it denies nothing"
+            c.fault(f"{path}.{what}", node.value.get(what) or node, message)

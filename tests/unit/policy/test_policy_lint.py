@@ -8,7 +8,7 @@ import pytest
 
 from cilia.labels import Labels
 from cilia.policy import Document, parse_documents
-from cilia.policy.lint import lint
+from cilia.policy.lint import Enforcers, lint
 
 NS = "k8s:io.kubernetes.pod.namespace"
 ENDPOINTS = {
@@ -185,3 +185,30 @@ def test_ten_thousand_rules_are_soon_read() -> None:
     began = time.process_time()
     assert lint(documents, ENDPOINTS)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [
+        ("toFQDNs: [{matchName: a.b}]", "nobody watches DNS"),
+        ("toServices: [{k8sService: {serviceName: a}}]", "nobody watches them"),
+        (GET, "http rules have no proxy"),
+    ],
+)
+def test_who_would_enforce_it(element: str, message: str) -> None:
+    (document,) = read(cnp(egress(element, DNS)))
+    everybody = Enforcers(parsers=frozenset({"http", "dns"}), names=True, services=True)
+    for enforcers in (None, everybody):
+        assert not [
+            x for x in lint([document], enforcers=enforcers) if "allows nothing" in x.message
+        ]
+    found = [x for x in lint([document], enforcers=Enforcers()) if x.path == "spec.egress[0]"]
+    assert message in found[0].message
+
+
+def test_what_nobody_ever_resolves_is_always_said() -> None:
+    (document,) = read(cnp(egress("toGroups: [{aws: {}}]", "authentication: {mode: required}")))
+    assert [x.message for x in lint([document])] == [
+        "allows nothing: toGroups cannot be resolved",
+        "allows nothing: mutual authentication is not supported yet",
+    ]
