@@ -19,7 +19,7 @@ import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from cilia.errors import InvalidError, PreconditionError
 from services.xds.envoy import log as envoy_log
@@ -218,6 +218,12 @@ class Process:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _ended(self) -> str:
         if self._child is None:
