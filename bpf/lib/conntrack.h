@@ -240,6 +240,8 @@ __noinline int ct_judge_new(struct __sk_buff *ctx, bool egress)
 		w->f.rule_id = 0;
 		return 0;
 	}
+	if (ret == AUDITED)
+		count(REASON_AUDITED, w->f.direction, w->p.len);
 	policy_notify(ctx, &j, denied, ret == AUDITED ? EVENT_F_AUDITED : 0);
 	if (ret < 0)
 		return ret;
@@ -452,17 +454,20 @@ __noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
 		return 0;
 	}
 	ret = judge(ep, &w->f, &j, &denied);
+	if (ret == -DROP_NOT_OPEN)
+		return ret;
 	if (ret >= 0 && p->proto == PROTO_TCP &&
 	    !ct_may_stay(e, which, denied ? 0 : j.proxy_port_be))
 		ret = denied = -DROP_PROXY_OTHER;
+	if (ret == AUDITED)
+		count(REASON_AUDITED, w->f.direction, w->p.len);
+	if (ret)
+		policy_notify(ctx, &j, denied, (ret == AUDITED ? EVENT_F_AUDITED : 0) | EVENT_F_REJUDGED);
 	if (ret >= 0) {
 		ct_side_set(side, w->f.policy_rev, j.remote_id, w->f.epoch, j.rule_id);
 		w->f.about = ABOUT_DIRECTION;
 		return 0;
 	}
-	if (ret == -DROP_NOT_OPEN)
-		return ret;
-	policy_notify(ctx, &j, denied, EVENT_F_REJUDGED);
 	/*
 	 * The entry stays, admitted by nobody: what is still under way belongs to
 	 * the revoked connection. Without it the responder's next packet would

@@ -11,6 +11,7 @@
 #define REASON_FORWARDED 0
 #define REASON_ANSWERED  100 /* ARP, neighbour discovery */
 #define REASON_IGNORED   101 /* DAD probe, MLD, IGMP, router solicitation */
+#define REASON_AUDITED   102 /* passed although policy denies it, as it is only audited */
 
 #define DROP_SOURCE_IP      132
 #define DROP_POLICY         133

@@ -300,6 +300,33 @@ struct metric {
 	__u64 packets, bytes;
 };
 
+/* ---- audit ----------------------------------------------------------- */
+
+/*
+ * One question to the programs of bpf_audit.c, which no packet ever meets, and
+ * its answer. A run takes a frame: Ethernet header, then cells up to one with
+ * policy_slot 0, the end of the frame, or AUDIT_CELLS.
+ */
+struct audit_cell {
+	__u32 policy_slot;   /* asked: whose policy; 0 ends the list */
+	__u32 identity;      /* for events, as ep_id */
+	__u32 remote_id;
+	__be16 dport_be;     /* ICMP: the type */
+	__u8 proto;
+	__u8 egress;         /* 1, or 0 for ingress */
+	__u16 ep_id;
+	__u16 ep_flags;      /* EP_F_* */
+	__s32 verdict;       /* answered as in struct event; what is audited only is denied here */
+	__u32 rule_id;
+	__u32 policy_rev;
+	__u8 match_type;
+	__u8 row_flags;      /* POLICY_F_* */
+	__u8 audited;        /* 1: reported, and let pass */
+	__u8 answered;       /* 1 */
+};
+_Static_assert(sizeof(struct audit_cell) == 36, "struct audit_cell");
+#define AUDIT_CELLS 64
+
 /* ---- events ---------------------------------------------------------- */
 
 #define EVENT_DROP    1
@@ -312,6 +339,7 @@ struct metric {
 #define EVENT_F_FRAGMENT (1u << 3)
 #define EVENT_F_RELATED  (1u << 4) /* an ICMP error about a tracked connection */
 #define EVENT_F_REJUDGED (1u << 5) /* verdict about a live connection, after a change */
+#define EVENT_F_SELFTEST (1u << 6) /* about no packet: the audit path was tried */
 
 #define DIR_NONE    0
 #define DIR_INGRESS 1

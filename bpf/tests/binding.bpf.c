@@ -118,6 +118,7 @@ struct every {
 	struct runtime runtime;
 	struct metric metric;
 	struct event event;
+	struct audit_cell audit_cell;
 };
 struct every every;
 

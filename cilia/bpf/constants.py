@@ -55,6 +55,9 @@ RT_F_MASQUERADE4: Final = 1 << 0
 RT_F_MASQUERADE6: Final = 1 << 1
 RT_F_ALLOW_FRAG_NEEDED: Final = 1 << 2
 
+# struct audit_cell, how many a run answers
+AUDIT_CELLS: Final = 64
+
 # struct event.type
 EVENT_DROP: Final = 1
 EVENT_TRACE: Final = 4
@@ -67,6 +70,7 @@ EVENT_F_AUDITED: Final = 1 << 2
 EVENT_F_FRAGMENT: Final = 1 << 3
 EVENT_F_RELATED: Final = 1 << 4
 EVENT_F_REJUDGED: Final = 1 << 5
+EVENT_F_SELFTEST: Final = 1 << 6
 
 # struct event.direction, and the low bits of an index into cilia_metrics
 DIR_NONE: Final = 0

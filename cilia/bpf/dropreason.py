@@ -1,7 +1,7 @@
 """Why packets are dropped, as numbers and as text.
 
 130 to 189 are Cilium's numbers and wording, so that its users and tools read ours; from 230 they
-are our own. Three more reasons occur in cilia_metrics only and are no drops: 0, 100 and 101.
+are our own. Four more reasons occur in cilia_metrics only and are no drops: 0, 100 to 102.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Final
 FORWARDED: Final = 0
 ANSWERED_LOCALLY: Final = 100
 IGNORED_BY_DESIGN: Final = 101
+AUDITED: Final = 102
 
 INVALID_SOURCE_IP: Final = 132
 POLICY_DENIED: Final = 133
@@ -56,6 +57,7 @@ _NOT_DROPS: Final[dict[int, str]] = {
     FORWARDED: "Forwarded",
     ANSWERED_LOCALLY: "Answered locally (ARP, neighbour discovery)",
     IGNORED_BY_DESIGN: "Ignored by design (DAD probe, MLD, router solicitation)",
+    AUDITED: "Would be denied, only audited",
 }
 
 _TEXTS: Final[dict[int, str]] = {

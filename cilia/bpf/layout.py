@@ -339,6 +339,26 @@ class LayoutSet:
             raise fail("big-endian on one side only")
 
 
+AUDIT_CELL: Final = np.dtype(
+    [
+        ("policy_slot", "u4"),
+        ("identity", "u4"),
+        ("remote_id", "u4"),
+        ("dport_be", ">u2"),
+        ("proto", "u1"),
+        ("egress", "u1"),
+        ("ep_id", "u2"),
+        ("ep_flags", "u2"),
+        ("verdict", "i4"),
+        ("rule_id", "u4"),
+        ("policy_rev", "u4"),
+        ("match_type", "u1"),
+        ("row_flags", "u1"),
+        ("audited", "u1"),
+        ("answered", "u1"),
+    ]
+)
+
 CILIA: Final = LayoutSet(
     structs={
         "endpoint": ENDPOINT,
@@ -361,6 +381,7 @@ CILIA: Final = LayoutSet(
         "proxy_listener": PROXY_LISTENER,
         "metric": METRIC,
         "event": EVENT,
+        "audit_cell": AUDIT_CELL,
     },
     maps={
         "cilia_lxc": (ADDR, ENDPOINT),

@@ -29,6 +29,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from cilia.bpf import BpfError, Map, Object, RingReader, SkBuffCtx, constants, layout, probe
+from cilia.bpf.auditor import Auditor
 from cilia.bpf.libbpf import lib
 from cilia.bpf.uapi import MapType
 
@@ -223,10 +224,13 @@ class Node:
         subprocess.run(["mount", "-t", "bpf", "bpf", str(self.bpffs)], check=True)
         try:
             self.objects = []
-            for name in ("bpf_lxc", "bpf_host"):
+            for name in ("bpf_lxc", "bpf_host", "bpf_audit"):
+                path = OBJECTS / f"{name}.o"
+                with Object.open(path) as bare:  # constants that it uses; others are an error
+                    used = bare.rodata()
                 obj = Object.open(
-                    OBJECTS / f"{name}.o",
-                    rodata=values,
+                    path,
+                    rodata={key: value for key, value in values.items() if key in used},
                     pin_dir=self.bpffs,
                     map_sizes=map_sizes,
                     layouts=layout.CILIA,
@@ -237,7 +241,7 @@ class Node:
         finally:
             subprocess.run(["umount", "-l", str(self.bpffs)], check=True)
             self.bpffs.rmdir()
-        lxc, host = self.objects
+        lxc, host, audit = self.objects
         self.programs = {
             "from_endpoint": lxc.program("from_endpoint"),
             "to_endpoint": lxc.program("to_endpoint"),
@@ -246,6 +250,7 @@ class Node:
             "assign_socket": host.program("assign_socket"),
         }
         self.lxc = lxc
+        self.auditor = Auditor(audit.program("audit_policy"), audit.program("audit_selftest"))
         self.ring = RingReader(lxc.map("cilia_events"), layout.EVENT, lost=lxc.map("cilia_lost"))
         self._inner: dict[int, Map] = {}
         self._rev = 0
