@@ -40,6 +40,7 @@ from cilia.policy.engine import (
     Trace,
     Verdict,
     describe,
+    is_node,
     is_subject,
 )
 from cilia.policy.l7 import ALL_PARSERS, L7Entry, L7Set
@@ -91,6 +92,7 @@ __all__ = [
     "describe",
     "document_from_json",
     "document_from_parts",
+    "is_node",
     "is_subject",
     "parse_documents",
 ]

@@ -253,7 +253,10 @@ class PolicyEngine:
                     subjects.update(self._subjects_of(stored.rule))
         if any(change is not None for change in changes):
             self._unlearn(subjects)
-        return Changed(self.revision, frozenset(subjects), frozenset(fresh), frozenset(idle))
+        tables = self._table_prefixes() if idle or fresh else frozenset()
+        return Changed(
+            self.revision, frozenset(subjects), frozenset(fresh - tables), frozenset(idle - tables)
+        )
 
     def _subjects_of(self, rule: Rule) -> Iterator[Labels]:
         """The held subjects that a rule is about."""
@@ -281,12 +284,11 @@ class PolicyEngine:
     def cidr_prefixes(self) -> frozenset[Network]:
         """The prefixes that need an identity on this node, so that rows can tell them: those that
         rules name, and those that the tables of names and services give."""
-        found = self.repository.prefixes()
-        if self._fqdn:
-            found = found.union(*self._fqdn.values())
-        if self._services:
-            found = found.union(*(x.backends for x in self._services.values()))
-        return found
+        return self.repository.prefixes() | self._table_prefixes()
+
+    def _table_prefixes(self) -> frozenset[Network]:
+        services = self._services.values() if self._services else ()
+        return frozenset().union(*(self._fqdn or {}).values(), *(x.backends for x in services))
 
     def rule(self, rule_id: int) -> RuleInfo:
         """Where the rule of this number was written. Raises KeyError."""
@@ -517,7 +519,7 @@ class PolicyEngine:
         wanted, rules = self._rules(held)
         together = wanted == key or (
             wanted not in self._live
-            and all(x is held or (x in self._stale and self._rules(x)[0] == wanted) for x in group)
+            and all(x == held or (x in self._stale and self._rules(x)[0] == wanted) for x in group)
         )
         if not together:
             self._leave(held)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from cilia.identity import HOST
-from cilia.policy.l7 import PortNames
+from cilia.policy.l7 import L7Set, PortNames
 from cilia.policy.mapstate import ANY_IDENTITY, Block, Journal, MapState, Shape
 from cilia.policy.program import Contribution, Program, Unenforced
 from cilia.policy.selectorcache import CacheSelector, SelectorCache
@@ -58,6 +58,7 @@ class Live:
         # How many kinds in use have rows of a prefix length (ingress, then egress), or that deny.
         self._plens: Final[tuple[Counter[int], Counter[int]]] = (Counter(), Counter())
         self._denies = 0
+        self._l7: Final[Counter[L7Set]] = Counter()
         self.conflicts: Final[Counter[Unenforced]] = Counter()
         self._snapshot: MapState | None = None
         matched: dict[int, list[int]] = {}
@@ -153,6 +154,10 @@ class Live:
             self._plens[key.egress][key.plen] += by
             if entry.deny:
                 self._denies += by
+            if entry.l7 is not None:
+                self._l7[entry.l7] += by
+                if not self._l7[entry.l7]:
+                    del self._l7[entry.l7]
 
     def _set_wildcard(self) -> bool:
         old = self._journal.blocks.get(ANY_IDENTITY, {})
@@ -248,7 +253,8 @@ class Live:
             for key in wildcard:
                 any_[key.egress] |= 1 << key.plen
             denies = self._denies > 0 or any(e.deny for e in wildcard.values())
-            shape = Shape(self._rows, ((mine[0], mine[1]), (any_[0], any_[1])), denies)
+            l7 = frozenset((*self._l7, *(e.l7 for e in wildcard.values() if e.l7 is not None)))
+            shape = Shape(self._rows, ((mine[0], mine[1]), (any_[0], any_[1])), denies, l7)
             self._snapshot = self._journal.snapshot(shape)
         return self._snapshot
 

@@ -166,6 +166,7 @@ class Shape(NamedTuple):
     # (plens_id, plens_any) of struct policy_meta, each (ingress, egress), without HAS_DENY
     masks: tuple[tuple[int, int], tuple[int, int]]
     has_deny: bool
+    l7: frozenset[L7Set]  # what proxies must enforce
 
 
 def shape_of(blocks: Mapping[int, Block]) -> Shape:
@@ -181,6 +182,12 @@ def shape_of(blocks: Mapping[int, Block]) -> Shape:
         sum(map(len, blocks.values())),
         ((mine[0], mine[1]), (any_[0], any_[1])),
         any(e.deny for block in (*distinct.values(), everyone) for e in block.values()),
+        frozenset(
+            e.l7
+            for block in (*distinct.values(), everyone)
+            for e in block.values()
+            if e.l7 is not None
+        ),
     )
 
 
@@ -257,7 +264,9 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         self._read = self.version
         self._shape = shape
 
+    # A snapshot is itself: nobody compares thousands of rows by accident. `dict()` compares rows.
     __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
     @cached_property
     def shape(self) -> Shape:
@@ -316,6 +325,15 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         """(plens_id, plens_any) of struct policy_meta, each (ingress, egress), without HAS_DENY."""
         return self.shape.masks
 
+    @property
+    def l7(self) -> frozenset[L7Set]:
+        """What proxies must enforce for it."""
+        return self.shape.l7
+
+    def follows(self, old: MapState) -> bool:
+        """Whether both are snapshots of one live map, so that `delta` costs what changed."""
+        return old._journal is not None and old._journal is self._journal
+
     def lookup(self, identity: int, egress: bool, proto: int, port: int) -> Match | None:
         """What the kernel finds for a packet; None is a miss, which drops.
 
@@ -337,8 +355,8 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         if old is self:
             return Delta({}, ())
         touched: Collection[int]
-        if old is not None and old._journal is not None and old._journal is self._journal:
-            touched = old._journal.between(*sorted((old.version, self.version)))
+        if old is not None and self.follows(old) and self._journal is not None:
+            touched = self._journal.between(*sorted((old.version, self.version)))
         else:
             before = old._blocks() if old is not None else {}
             touched = self._blocks().keys() | before.keys()

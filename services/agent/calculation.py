@@ -12,7 +12,7 @@ current inputs alone; what is dirty only says which subjects need to be resolved
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
@@ -35,12 +35,22 @@ from cilia.identity import (
     reserved_labels,
 )
 from cilia.labels import Labels
-from cilia.policy import Document, PolicyEngine, ResolvedPolicy
+from cilia.policy import (
+    Document,
+    DocumentKey,
+    L7Set,
+    PolicyEngine,
+    ResolvedPolicy,
+    Service,
+    is_node,
+)
+from cilia.policy.api import FQDNSelector
+from cilia.policy.l7 import PortNames
 from services.agent.clusterwatch import IpEntry, PolicyName
 from services.agent.endpoint import Endpoint, OptionMode, SlotIndex, SubjectKey
 from services.agent.identityalloc import CidrIdentities
 from services.agent.ipam import host_network
-from services.agent.policyrows import PolicyRows
+from services.agent.policyrows import Fill
 from services.agent.rows import IpcacheRow, PolicyMapRow
 
 Network = IPv4Network | IPv6Network
@@ -137,8 +147,16 @@ class Preview:
     rows: int
 
 
+def _no_proxy(_: L7Set) -> int | None:
+    return None
+
+
 class Calculation:
-    """The engine with the inputs it has been given. Owned by the event loop."""
+    """The engine with the inputs it has been given. Owned by the event loop.
+
+    `ports` says at which port a proxy enforces an L7 set, once it does; rows that need one that is
+    not ready are absent.
+    """
 
     def __init__(
         self,
@@ -150,19 +168,31 @@ class Calculation:
         slots: int,
         cidrs: CidrIdentities,
         router: Iterable[IPv4Address | IPv6Address],
+        ports: Callable[[L7Set], int | None] = _no_proxy,
+        enforcers: Iterable[str] = (),
     ) -> None:
         self.mode = mode
         self.audit = audit
-        self.engine = PolicyEngine(mode=mode, allow_localhost=allow_localhost, cluster_name=cluster)
+        self.engine = PolicyEngine(
+            mode=mode, allow_localhost=allow_localhost, cluster_name=cluster, enforcers=enforcers
+        )
         self.slots = Slots(slots)
         self.cidrs = cidrs
+        self.ports = ports
         self.generation = 0
         self._router = tuple(router)
         self._documents: dict[PolicyName, Document] = {}
         self._identities: dict[NumericIdentity, Labels] = {}
         self._subjects: dict[SubjectKey, Subject] = {}
+        self._by_labels: dict[Labels, set[SubjectKey]] = {}
+        self._node: Subject | None = None
         self._dirty: set[SubjectKey] = set()
+        self._touched: set[SubjectKey] = set()
+        self._l7_of: dict[SubjectKey, frozenset[L7Set]] = {}
         self._cidr_in_engine: dict[Network, NumericIdentity] = {}
+        self._unnumbered: set[Network] = set()
+        self._adopted = False
+        self._port_names: dict[NumericIdentity, PortNames] = {}
         self.host_addresses: frozenset[IPv4Address | IPv6Address] = frozenset()
         for number in RESERVED:
             self._put_identity(number, reserved_labels(number))
@@ -187,24 +217,43 @@ class Calculation:
     def set_documents(
         self, puts: Mapping[PolicyName, Document], removed: Iterable[PolicyName] = ()
     ) -> None:
-        """Change the policy set. The prefixes it names are numbered at once."""
-        for name in removed:
-            self._documents.pop(name, None)
+        """Change the policy set. The prefixes it names are numbered at once.
+
+        Raises LocalIdentitiesExhausted.
+        """
+        gone = [
+            DocumentKey(name.kind, name.namespace, name.name)
+            for name in removed
+            if self._documents.pop(name, None) is not None
+        ]
         self._documents.update(puts)
-        self.engine.set_documents(list(self._documents.values()))
-        self.cidrs.require(prefix for prefix in self.engine.cidr_prefixes() if prefix.prefixlen > 0)
-        numbers = self.cidrs.numbers
-        # One that was released and came back has another number: the ipcache's is what counts.
-        for prefix, old in list(self._cidr_in_engine.items()):
-            if prefix in numbers and numbers[prefix] != old:
-                del self._cidr_in_engine[prefix]
-                self.remove_identity(old)
-        for prefix, number in numbers.items():
-            if prefix not in self._cidr_in_engine:
+        if not self._adopted:
+            # Prefixes of an earlier run are in the ipcache, whether or not rules name them still.
+            self._adopted = True
+            for prefix, number in self.cidrs.numbers.items():
                 self._cidr_in_engine[prefix] = number
                 self._put_identity(number, cidr_labels(prefix))
-        self._dirty.update(self._subjects)
+        changed = self.engine.apply(puts.values(), gone)
+        self._number(changed.fresh, changed.idle)
+        self._mark(changed.subjects, self._dirty)
         self.generation += 1
+
+    def _number(self, fresh: Iterable[Network], idle: Iterable[Network]) -> None:
+        """Give prefixes identities, in the kernel's numbers and in the engine."""
+        self._unnumbered.update(fresh)
+        self._unnumbered.difference_update(idle)
+        self.cidrs.change(self._unnumbered, idle)
+        numbers = self.cidrs.numbers
+        for prefix in self._unnumbered:
+            number, old = numbers[prefix], self._cidr_in_engine.get(prefix)
+            if number == old:
+                continue
+            if old is not None:
+                # Released and back, with another number: the ipcache's is what counts.
+                self.remove_identity(old)
+            self._cidr_in_engine[prefix] = number
+            self._put_identity(number, cidr_labels(prefix))
+        self._unnumbered.clear()
 
     def release_prefixes(self, gone: Mapping[Network, NumericIdentity]) -> None:
         """Prefixes that left the ipcache: no packet carries their identity any more."""
@@ -219,19 +268,56 @@ class Calculation:
 
     def _put_identity(self, number: NumericIdentity, labels: Labels) -> None:
         self._identities[number] = labels
-        self._mark(self.engine.add_identity(number, labels))
+        self._mark(self.engine.add_identity(number, labels), self._touched)
 
     def remove_identity(self, number: NumericIdentity) -> None:
         if self._identities.pop(number, None) is not None:
-            self._mark(self.engine.remove_identity(number))
+            self._mark(self.engine.remove_identity(number), self._touched)
             self.generation += 1
 
-    def _mark(self, changed: Iterable[Labels]) -> None:
-        affected = set(changed)
-        if affected:
-            self._dirty.update(
-                key for key, subject in self._subjects.items() if subject.labels in affected
-            )
+    def _mark(self, changed: Iterable[Labels], where: set[SubjectKey]) -> None:
+        for labels in changed:
+            where.update(self._by_labels.get(labels, ()))
+
+    def set_enforcers(self, parsers: Iterable[str]) -> None:
+        """Which L7 parsers a proxy here enforces."""
+        self._mark(self.engine.set_enforcers(parsers), self._dirty)
+
+    def set_fqdn(self, selector: FQDNSelector | None, addresses: Iterable[Network] = ()) -> None:
+        """What DNS gave for a selector; None: that there is somebody who watches DNS."""
+        before = self.engine.cidr_prefixes()
+        self._mark(self.engine.set_fqdn(selector, addresses), self._touched)
+        after = self.engine.cidr_prefixes()
+        self._number(after - before, before - after)
+
+    def set_services(self, services: Iterable[Service]) -> None:
+        before = self.engine.cidr_prefixes()
+        self._mark(self.engine.set_services(services), self._touched)
+        after = self.engine.cidr_prefixes()
+        self._number(after - before, before - after)
+
+    def proxies_changed(self, digests: Collection[str]) -> None:
+        """`ports` answers otherwise than it did for these L7 sets."""
+        for key, sets in self._l7_of.items():
+            if any(x.digest in digests for x in sets):
+                self._touched.add(key)
+
+    def l7_sets(self) -> frozenset[L7Set]:
+        """All that proxies have to enforce for the policies that were made last."""
+        return frozenset().union(*self._l7_of.values())
+
+    def set_node(
+        self, labels: Labels | None, *, mode: OptionMode | None = None, audit: bool | None = None
+    ) -> SubjectKey | None:
+        """Judge the node itself (`reserved:host` and the labels that rules about nodes select it
+        by); None: nobody does. Gives the subject whose slot holds its policy."""
+        if labels is None:
+            self._node = None
+            return None
+        key = SubjectKey(HOST, mode or self.mode, self.audit if audit is None else audit)
+        if self._node is None or (self._node.key, self._node.labels) != (key, labels):
+            self._node = Subject(key, labels, {0: "the node"})
+        return key
 
     def subject_of(self, endpoint: Endpoint) -> SubjectKey | None:
         return endpoint.subject(mode=self.mode, audit=self.audit)
@@ -239,6 +325,7 @@ class Calculation:
     def set_users(self, endpoints: Iterable[Endpoint]) -> None:
         """Which endpoints there are; subjects follow. Cheap: compares, resolves nothing."""
         wanted: dict[SubjectKey, Subject] = {}
+        names: dict[NumericIdentity, set[tuple[str, int, int]]] = {}
         for endpoint in endpoints:
             key = self.subject_of(endpoint)
             if key is None:
@@ -247,40 +334,74 @@ class Calculation:
             if subject is None:
                 subject = wanted[key] = Subject(key, endpoint.identity_labels)
             subject.users[endpoint.id] = endpoint.qualified_name
+            if key.ports:
+                names.setdefault(key.identity, set()).update(key.ports)
+        if self._node is not None:
+            wanted[self._node.key] = self._node
+        if wanted.keys() != self._subjects.keys():
+            self.generation += 1
         for key, subject in wanted.items():
             old = self._subjects.get(key)
             if old is None or old.labels != subject.labels or old.users != subject.users:
                 self._dirty.add(key)
                 self.generation += 1
-        for labels in {s.labels for s in self._subjects.values()} - {
-            s.labels for s in wanted.values()
-        }:
-            self.engine.forget(labels)
-        if wanted.keys() != self._subjects.keys():
-            self.generation += 1
+            if old is None or old.labels != subject.labels:
+                if old is not None:
+                    self._by_labels[old.labels].discard(key)
+                self._by_labels.setdefault(subject.labels, set()).add(key)
+        for key in self._subjects.keys() - wanted.keys():
+            self._by_labels[self._subjects[key].labels].discard(key)
+            self._l7_of.pop(key, None)
         self._subjects = wanted
+        for labels in [x for x, keys in self._by_labels.items() if not keys]:
+            del self._by_labels[labels]
+            self.engine.forget(labels)
         self._dirty &= wanted.keys()
+        self._touched &= wanted.keys()
+        self._name_ports({number: tuple(sorted(found)) for number, found in names.items()})
+
+    def _name_ports(self, wanted: Mapping[NumericIdentity, PortNames]) -> None:
+        """What peers call their ports, for rules about going there by name."""
+        if wanted == self._port_names:
+            return
+        for number in wanted.keys() | self._port_names.keys():
+            found = wanted.get(number, ())
+            if found != self._port_names.get(number, ()):
+                self._mark(self.engine.set_port_names(number, found), self._touched)
+        self._port_names = dict(wanted)
 
     # ---- results
 
     def take_dirty(self) -> set[SubjectKey]:
+        """Those whose rules changed, or who are new."""
         dirty, self._dirty = self._dirty, set()
+        self._touched -= dirty
         return dirty
+
+    def take_touched(self) -> set[SubjectKey]:
+        """Those whose rules stayed the same, but for whom peers came or went."""
+        touched, self._touched = self._touched, set()
+        return touched
 
     def mark_dirty(self, subjects: Iterable[SubjectKey]) -> None:
         self._dirty.update(key for key in subjects if key in self._subjects)
 
     def resolve(self, key: SubjectKey) -> ResolvedPolicy:
         subject = self._subjects[key]
-        return self.engine.resolve(subject.labels, mode=key.mode, audit=key.audit)
+        return self.engine.resolve(
+            subject.labels, mode=key.mode, audit=key.audit, named_ports=key.ports
+        )
 
     def subjects_of(self, documents: Iterable[Document]) -> set[SubjectKey]:
         """Whom on this node one of these documents is about."""
-        selectors = [rule.selector for document in documents for rule in document.rules]
+        rules = [rule for document in documents for rule in document.rules]
         return {
             key
             for key, subject in self._subjects.items()
-            if any(selector.matches(subject.labels) for selector in selectors)
+            if any(
+                rule.node is is_node(subject.labels) and rule.selector.matches(subject.labels)
+                for rule in rules
+            )
         }
 
     def preview(self, puts: Mapping[PolicyName, Document]) -> Iterator[Preview]:
@@ -288,17 +409,16 @@ class Calculation:
 
         It changes nothing: prefixes that have no number yet are counted as if each had one.
         """
+        given = {document.key: document for document in puts.values()}
+        present = {document.key: document for document in self._documents.values()}
         for key in sorted(self.subjects_of(puts.values())):
             subject = self._subjects.get(key)
             if subject is None:  # gone since the one before was looked at
                 continue
             mode, labels = key.mode, subject.labels
-            wanted = [
-                document
-                for document in {**self._documents, **puts}.values()
-                if any(rule.selector.matches(labels) for rule in document.rules)
-            ]
-            preview = self.engine.preview(wanted)
+            stored = self.engine.repository.rules_for(labels, node=is_node(labels))
+            wanted = {x.document.key: present[x.document.key] for x in stored} | given
+            preview = self.engine.preview(wanted.values())
             fresh = (
                 cidr_labels(prefix)
                 for prefix in preview.cidr_prefixes()
@@ -308,19 +428,27 @@ class Calculation:
                 subject=key,
                 users=tuple(sorted(subject.users.values())),
                 rows_now=len(self.resolve(key).mapstate),
-                rows=preview.rows(labels, mode=mode, more=fresh),
+                rows=preview.rows(labels, mode=mode, named_ports=key.ports, more=fresh),
             )
 
     def policy_row(self, key: SubjectKey) -> PolicyMapRow:
         """The policy of one subject. Raises SlotsExhausted."""
         resolved = self.resolve(key)
+        state = resolved.mapstate
+        ports = {}
+        if state.l7:
+            self._l7_of[key] = state.l7
+            for needed in state.l7:
+                if (port := self.ports(needed)) is not None:
+                    ports[needed.digest] = port
+        else:
+            self._l7_of.pop(key, None)
         return PolicyMapRow(
             slot=self.slots.allocate(key),
             subject=key,
-            rows=PolicyRows.from_entries(resolved.mapstate.items()),
+            state=state,
+            fill=Fill(ports, resolved.ingress_enforced, resolved.egress_enforced),
             users=tuple(sorted(self._subjects[key].users.values())),
-            ingress_enforced=resolved.ingress_enforced,
-            egress_enforced=resolved.egress_enforced,
             generation=self.generation,
         )
 

@@ -30,6 +30,7 @@ from cilia.errors import (
 )
 from cilia.identity import EndpointID, NumericIdentity
 from cilia.labels import CLUSTER_KEY, NAMESPACE_KEY, Labels
+from cilia.policy.l7 import PortNames
 
 SlotIndex = NewType("SlotIndex", int)
 
@@ -227,9 +228,11 @@ class SubjectKey:
     identity: NumericIdentity
     mode: OptionMode
     audit: bool
+    ports: PortNames = ()  # what they call their ports
 
     def __str__(self) -> str:
-        return f"{self.identity}/{self.mode}" + ("/audit" if self.audit else "")
+        names = "".join(f"/{name}={port}" for name, port, _ in self.ports)
+        return f"{self.identity}/{self.mode}" + ("/audit" if self.audit else "") + names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +244,7 @@ class Endpoint:
     namespace: str
     labels: Labels  # as given
     identity_labels: Labels  # what makes the identity
+    ports: PortNames = ()  # what it calls its ports, for rules that name them
     netns: str  # path
     interface: str  # in the workload's namespace
     host_interface: str
@@ -287,6 +291,7 @@ class Endpoint:
             self.identity,
             self.options.enforcement or mode,
             audit if self.options.audit is None else self.options.audit,
+            self.ports,
         )
 
     @staticmethod

@@ -221,13 +221,22 @@ class CidrIdentities:
         Raises LocalIdentitiesExhausted.
         """
         wanted = set(prefixes)
+        return self.change(wanted, [x for x in self._numbers if x not in wanted])
+
+    def change(self, wanted: Iterable[Network], idle: Iterable[Network]) -> list[Network]:
+        """Number those that are wanted now and start the clock for those that are no more.
+
+        Returns the newly numbered ones. Raises LocalIdentitiesExhausted.
+        """
         now = self._clock()
-        for prefix in self._numbers:
-            if prefix in wanted:
-                self._unused_since.pop(prefix, None)
-            else:
+        for prefix in idle:
+            if prefix in self._numbers:
                 self._unused_since.setdefault(prefix, now)
-        new = [prefix for prefix in wanted if prefix not in self._numbers]
+        new = []
+        for prefix in wanted:
+            self._unused_since.pop(prefix, None)
+            if prefix not in self._numbers:
+                new.append(prefix)
         if new:
             taken = set(self._numbers.values())
             for prefix in sorted(new, key=str):

@@ -7,8 +7,9 @@ arithmetic without a Python object per row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_META_HAS_DENY
 from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress
-from cilia.policy import PolicyEntry, PolicyKey
+from cilia.policy import MapState, PolicyEntry, PolicyKey
+from cilia.policy.mapstate import L4Key
 
 U64Array = npt.NDArray[np.uint64]
 
@@ -39,6 +41,32 @@ class Masks:
 
 
 NO_MASKS: Final = Masks((0, 0), (0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """What a row's value needs besides its entry: the proxies' ports, by the digest of an L7 set.
+
+    A row whose proxy is not ready is absent, for it allows nothing. Where nothing isolates, absence
+    would let pass what the proxy was to restrict: there it denies until the proxy is ready.
+    """
+
+    ports: Mapping[str, int] = field(default_factory=dict)
+    ingress_enforced: bool = True
+    egress_enforced: bool = True
+
+    def value(self, key: PolicyKey, entry: PolicyEntry) -> tuple[int, int] | None:
+        """(proxy port, flags), or None for no row."""
+        if entry.deny:
+            return 0, POLICY_F_DENY
+        flags = POLICY_F_AUDIT if entry.audit else 0
+        if entry.l7 is None:
+            return 0, flags
+        if (port := self.ports.get(entry.l7.digest)) is not None:
+            return port, flags
+        if entry.l7.allows_all or (self.egress_enforced if key.egress else self.ingress_enforced):
+            return None
+        return 0, POLICY_F_DENY
 
 
 class PolicyRows:
@@ -68,14 +96,21 @@ class PolicyRows:
         return f"<PolicyRows {len(self)}>"
 
     @classmethod
-    def from_entries(cls, entries: Iterable[tuple[PolicyKey, PolicyEntry]]) -> PolicyRows:
+    def from_entries(
+        cls,
+        entries: Iterable[tuple[PolicyKey, PolicyEntry]],
+        fill: Fill | None = None,
+    ) -> PolicyRows:
         """Rows of a map state. An endpoint's own audit is its flag (EP_F_AUDIT), no row's."""
         keys = []
         values = []
+        fill = fill or Fill()
         for key, entry in entries:
+            value = fill.value(key, entry)
+            if value is None:
+                continue
             keys.append((key.identity, key.port, key.proto, plen_egress(key.plen, key.egress)))
-            flags = (POLICY_F_DENY if entry.deny else 0) | (POLICY_F_AUDIT if entry.audit else 0)
-            values.append((entry.rule_id, 0, flags, 0, 0))
+            values.append((entry.rule_id, *value, 0, 0))
         if not keys:
             return cls(_EMPTY, _EMPTY)
         return cls.from_arrays(np.array(keys, POLICY_KEY), np.array(values, POLICY_VALUE))
@@ -149,6 +184,59 @@ class RowsDelta:
             + len(self.lift_denies)
             + len(self.drop_denies)
         )
+
+
+_KEY: Final = struct.Struct("=I2sBB")
+_VALUE: Final = struct.Struct("=I2sBBQ")
+
+
+@dataclass(slots=True)
+class Writes:
+    """As RowsDelta, of few rows: (key, value) as the map takes them, or keys to delete."""
+
+    put_denies: list[tuple[bytes, bytes]] = field(default_factory=list)
+    put_allows: list[tuple[bytes, bytes]] = field(default_factory=list)
+    drop_allows: list[bytes] = field(default_factory=list)
+    lift_denies: list[tuple[bytes, bytes]] = field(default_factory=list)
+    drop_denies: list[bytes] = field(default_factory=list)
+    added: int = 0  # rows under keys that the old policy did not have
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        puts = len(self.put_denies) + len(self.put_allows) + len(self.lift_denies)
+        return puts + len(self.drop_allows) + len(self.drop_denies)
+
+
+def changes(old: MapState, new: MapState, fill: Fill) -> Writes:
+    """What must be written where `old` is in force and `new`, which follows it, is wanted.
+
+    Both with the same fill.
+    """
+    delta, writes = new.delta(old), Writes()
+    for key in (*delta.upserts, *delta.deletes):
+        l4 = L4Key(*key[1:])
+        was, now = old.block(key.identity).get(l4), new.block(key.identity).get(l4)
+        before = fill.value(key, was) if was is not None else None
+        after = fill.value(key, now) if now is not None else None
+        packed = _KEY.pack(
+            key.identity, key.port.to_bytes(2, "big"), key.proto, plen_egress(key.plen, key.egress)
+        )
+        denied = before is not None and bool(before[1] & POLICY_F_DENY)
+        if after is None or now is None:
+            if before is not None:
+                (writes.drop_denies if denied else writes.drop_allows).append(packed)
+                writes.dropped += 1
+            continue
+        writes.added += before is None
+        port, flags = after
+        value = _VALUE.pack(now.rule_id, port.to_bytes(2, "big"), flags, 0, 0)
+        if flags & POLICY_F_DENY:
+            writes.put_denies.append((packed, value))
+        elif denied:
+            writes.lift_denies.append((packed, value))
+        else:
+            writes.put_allows.append((packed, value))
+    return writes
 
 
 def difference(old: PolicyRows, new: PolicyRows) -> RowsDelta:

@@ -318,6 +318,7 @@ class Regeneration:
     def _fold_policies(self, names: set[PolicyName]) -> None:
         puts: dict[PolicyName, Document] = {}
         removed = []
+        unread = dict(self._document_errors)
         for name in names:
             entry = self._view.policies.get(name)
             if entry is None:
@@ -337,6 +338,9 @@ class Regeneration:
                     **{fields.POLICY_NAME: str(name), fields.ERROR: str(error)},
                 )
         self.calculation.set_documents(puts, removed)
+        if unread != self._document_errors:
+            # It decides whose policy can be made at all.
+            self.calculation.mark_dirty(self.calculation.subjects)
         revision = self._view.policy_revision
         count = len(self.calculation.documents)
         if puts:
@@ -362,6 +366,15 @@ class Regeneration:
     async def _resolve(self) -> None:
         calculation = self.calculation
         self._held = {key: why for key, why in self._held.items() if key in calculation.subjects}
+        # Peers that come and go change rows, not what the rules say: no endpoint regenerates for
+        # them, unless there is more to do.
+        touched = calculation.take_touched()
+        more = {
+            key
+            for key in touched
+            if key in self._held or key in self._subject_errors or self._policies.get(key) is None
+        }
+        calculation.mark_dirty(more)
         for key in sorted(calculation.take_dirty()):
             for number in calculation.subjects[key].users:
                 self._regenerating(EndpointID(number))
@@ -375,6 +388,8 @@ class Regeneration:
             except DomainError as error:
                 self._subject_errors[key] = describe(error)
             await asyncio.sleep(0)  # a large policy set must not hold the loop
+        for key in sorted(touched - more):
+            self._policies.upsert(calculation.policy_row(key))
 
     def _regenerating(self, number: EndpointID) -> None:
         endpoint = self._endpoints.table.get(number)
@@ -422,7 +437,7 @@ class Regeneration:
                 realised_identity=key.identity,
                 realised=key,
                 slot=row.slot,
-                entries=len(row.rows),
+                entries=row.size,
                 ingress_enforced=row.ingress_enforced,
                 egress_enforced=row.egress_enforced,
             )

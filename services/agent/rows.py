@@ -6,24 +6,60 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
+from cilia.bpf.constants import POLICY_META_HAS_DENY
 from cilia.identity import EndpointID, NumericIdentity
+from cilia.policy import MapState
 from services.agent.endpoint import SlotIndex, SubjectKey
-from services.agent.policyrows import PolicyRows
+from services.agent.policyrows import Fill, Masks, PolicyRows
 
 Network = IPv4Network | IPv6Network
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyMapRow:
-    """One identity's policy, in one slot of cilia_policy."""
+    """One subject's policy, in one slot of cilia_policy. Equal only to itself: it holds a snapshot,
+    not rows."""
 
     slot: SlotIndex
     subject: SubjectKey
-    rows: PolicyRows
+    state: MapState
+    fill: Fill  # with ports of those proxies that are ready
     users: tuple[str, ...]  # endpoints that share it, for messages
-    ingress_enforced: bool
-    egress_enforced: bool
     generation: int  # of the calculation that made it
+
+    @property
+    def ingress_enforced(self) -> bool:
+        return self.fill.ingress_enforced
+
+    @property
+    def egress_enforced(self) -> bool:
+        return self.fill.egress_enforced
+
+    @property
+    def complete(self) -> bool:
+        """Whether every proxy that it needs is ready, so that each entry is a row."""
+        return all(x.digest in self.fill.ports for x in self.state.l7)
+
+    @property
+    def rows(self) -> PolicyRows:
+        """Made anew each time."""
+        return PolicyRows.from_entries(self.state.items(), self.fill)
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        if self.complete:
+            return len(self.state)
+        value = self.fill.value
+        return sum(value(key, entry) is not None for key, entry in self.state.items())
+
+    @property
+    def masks(self) -> Masks:
+        if not self.complete:
+            return self.rows.masks()
+        (id_in, id_out), (any_in, any_out) = self.state.masks
+        deny = POLICY_META_HAS_DENY if self.state.has_deny else 0
+        return Masks((id_in | deny, id_out | deny), (any_in | deny, any_out | deny))
 
     @staticmethod
     def table_header() -> tuple[str, ...]:
@@ -33,7 +69,7 @@ class PolicyMapRow:
         return (
             str(self.slot),
             str(self.subject),
-            str(len(self.rows)),
+            str(self.size),
             "enforced" if self.ingress_enforced else "open",
             "enforced" if self.egress_enforced else "open",
             ",".join(self.users),

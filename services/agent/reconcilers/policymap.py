@@ -38,7 +38,15 @@ from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
 from services.agent.endpoint import SlotIndex, SubjectKey
-from services.agent.policyrows import NO_MASKS, Masks, PolicyRows, difference
+from services.agent.policyrows import (
+    NO_MASKS,
+    Masks,
+    PolicyRows,
+    RowsDelta,
+    Writes,
+    changes,
+    difference,
+)
 from services.agent.rows import PolicyMapRow
 
 log = structlog.get_logger()
@@ -71,10 +79,19 @@ class _Actual:
     """What a slot holds, as far as we know."""
 
     inner: Map
-    rows: PolicyRows
+    row: PolicyMapRow | None  # what was written last; None: what was found, in `found`
+    found: PolicyRows | None
+    size: int  # rows
     masks: Masks
     rev: int
     changing: bool
+
+    @property
+    def rows(self) -> PolicyRows:
+        if self.row is not None:
+            return self.row.rows
+        assert self.found is not None
+        return self.found
 
 
 @dataclass(slots=True)
@@ -82,9 +99,11 @@ class _Change:
     """A slot on its way to another policy."""
 
     row: PolicyMapRow
+    size: int
     actual: _Actual | None
     masks: Masks
     rev: int
+    writes: Writes | None  # if the engine knew what changed
     inner: Map | None = None  # which holds the new rows
     swap: bool = False  # whether it is yet to be put into the slot
 
@@ -129,9 +148,12 @@ class PolicyMaps:
         meta = np.frombuffer(raw, POLICY_META)[0]
         inner = Map.from_id(inner_id, f"policy {slot}")
         keys, values = inner.items_np(POLICY_KEY, POLICY_VALUE)
+        found = PolicyRows.from_arrays(keys, values)
         self._actual[slot] = _Actual(
             inner=inner,
-            rows=PolicyRows.from_arrays(keys, values),
+            row=None,
+            found=found,
+            size=len(found),
             masks=Masks(
                 (int(meta["plens_id"][0]), int(meta["plens_id"][1])),
                 (int(meta["plens_any"][0]), int(meta["plens_any"][1])),
@@ -167,30 +189,42 @@ class PolicyMaps:
 
     def _change(self, row: PolicyMapRow) -> _Change | None:
         """What is to be done; None when the slot holds the policy. Raises PolicyTooLarge."""
-        rows = row.rows
-        if len(rows) > self._limit:
-            raise PolicyTooLarge(row.subject, row.users, needed=len(rows), allowed=self._limit)
+        size = row.size
+        if size > self._limit:
+            raise PolicyTooLarge(row.subject, row.users, needed=size, allowed=self._limit)
         actual = self._actual.get(row.slot)
-        masks = rows.masks()
-        if actual is not None:
-            if not actual.changing and actual.rev and actual.masks == masks and actual.rows == rows:
-                return None
-            return _Change(row, actual, masks, actual.rev)
-        # The slot may carry the revision of its last owner; its rows are gone.
-        raw = self._meta.lookup(int(row.slot).to_bytes(4, "little"))
-        rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
-        return _Change(row, None, masks, rev)
+        masks = row.masks
+        if actual is None:
+            # The slot may carry the revision of its last owner; its rows are gone.
+            raw = self._meta.lookup(int(row.slot).to_bytes(4, "little"))
+            rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
+            return _Change(row, size, None, masks, rev, None)
+        sound = not actual.changing and actual.rev and actual.masks == masks
+        writes: Writes | None = None
+        if actual.row is not None and actual.row.fill == row.fill and (
+            row.state is actual.row.state or row.state.follows(actual.row.state)
+        ):  # fmt: skip
+            writes = changes(actual.row.state, row.state, row.fill)
+            same = not len(writes)
+        else:
+            same = actual.size == size and actual.rows == row.rows
+        if sound and same:
+            # The newer snapshot, so that the engine need not remember the older one's differences.
+            actual.row, actual.found = row, None
+            return None
+        return _Change(row, size, actual, masks, actual.rev, writes)
 
     def _apply(self, changes: list[_Change], failed: dict[SubjectKey, Exception]) -> None:
         """All steps for all slots; one whose rows cannot be written stays behind, in `failed`."""
-        metas = []
+        if not changes:
+            return
+        unions = []
         for change in changes:
             old = change.actual.masks if change.actual else NO_MASKS
-            union = old.union(change.masks, extra=POLICY_META_HAS_DENY)
-            metas.append((change.slot, change.rev, union, CHANGING))
+            unions.append(old.union(change.masks, extra=POLICY_META_HAS_DENY))
             if change.actual is not None:
                 change.actual.changing = True
-        self._put_metas(metas)
+        self._put_metas(changes, [c.rev for c in changes], unions, CHANGING)
         for change in changes:
             try:
                 self._write_rows(change)
@@ -203,47 +237,51 @@ class PolicyMaps:
             self._policy.update_batch(
                 np.ascontiguousarray(numbers[:, 0]), np.ascontiguousarray(numbers[:, 1])
             )
-        self._put_metas((c.slot, c.rev, c.masks, CHANGING) for c in good)
+        masks = [c.masks for c in good]
+        self._put_metas(good, [c.rev for c in good], masks, CHANGING)
         revs = [self._last_rev + 1 + n for n in range(len(good))]
         self._last_rev += len(good)
-        self._put_metas((c.slot, rev, c.masks, CHANGING) for c, rev in zip(good, revs, strict=True))
-        self._put_metas((c.slot, rev, c.masks, 0) for c, rev in zip(good, revs, strict=True))
+        self._put_metas(good, revs, masks, CHANGING)
+        self._put_metas(good, revs, masks, 0)
         for change, rev in zip(good, revs, strict=True):
             assert change.inner is not None
-            rows = change.row.rows
             log.debug(
                 "A policy was written.",
                 subject=str(change.row.subject),
                 slot=change.slot,
                 rev=rev,
-                rows=len(rows),
-                rows_before=len(change.actual.rows) if change.actual else None,
+                rows=change.size,
+                rows_before=change.actual.size if change.actual else None,
             )
-            self._actual[change.slot] = _Actual(change.inner, rows, change.masks, rev, False)
+            self._actual[change.slot] = _Actual(
+                change.inner, change.row, None, change.size, change.masks, rev, False
+            )
 
     def _write_rows(self, change: _Change) -> None:
         """Into the slot's map, or into a new one that is to be put there."""
-        rows, actual = change.row.rows, change.actual
+        actual, rows = change.actual, None
+        allowed = max(_ROWWISE_LIMIT, change.size // 8)
         if actual is not None:
-            delta = difference(actual.rows, rows)
             # Both policies are in the map for a moment, so it must have room for their union.
-            peak = len(actual.rows) + len(delta.put_denies) + len(delta.put_allows)
-            if len(delta) <= max(_ROWWISE_LIMIT, len(rows) // 8) and (
-                peak <= actual.inner.max_entries
-            ):
-                for put in (delta.put_denies, delta.put_allows):
-                    if len(put):
-                        actual.inner.update_batch(put.key_array(), put.value_array())
-                if len(delta.drop_allows):
-                    actual.inner.delete_batch(delta.drop_allows.key_array())
-                if len(delta.lift_denies):
-                    actual.inner.update_batch(
-                        delta.lift_denies.key_array(), delta.lift_denies.value_array()
-                    )
-                if len(delta.drop_denies):
-                    actual.inner.delete_batch(delta.drop_denies.key_array())
-                change.inner = actual.inner
-                return
+            writes = change.writes
+            if writes is not None:
+                few = len(writes) <= allowed and actual.size + writes.added <= (
+                    actual.inner.max_entries
+                )
+                if few:
+                    _write_few(actual.inner, writes)
+                    change.inner = actual.inner
+                    return
+            else:
+                rows = change.row.rows
+                delta = difference(actual.rows, rows)
+                peak = actual.size + len(delta.put_denies) + len(delta.put_allows)
+                if len(delta) <= allowed and peak <= actual.inner.max_entries:
+                    _write_some(actual.inner, delta)
+                    change.inner = actual.inner
+                    return
+        if rows is None:
+            rows = change.row.rows
         size = _SMALLEST
         while size < 2 * len(rows) and size < self._limit:
             size *= 2
@@ -264,26 +302,55 @@ class PolicyMaps:
         raw = self._meta.lookup(int(slot).to_bytes(4, "little"))
         rev = int(np.frombuffer(raw, POLICY_META)[0]["rev"]) if raw else 0
         if rev:
-            self._put_metas([(slot, rev, NO_MASKS, 0)])
+            values = np.zeros(1, POLICY_META)
+            values["rev"] = rev
+            self._meta.update_batch(np.array([slot], "u4"), values)
         self._policy.clear_inner(slot)
         self._actual.pop(slot, None)
         log.debug("A policy slot was emptied.", slot=slot)
 
-    def _put_metas(self, metas: Iterable[tuple[int, int, Masks, int]]) -> None:
-        """Rows of cilia_policy_meta: slot, revision, masks, flags."""
-        rows = list(metas)
-        values = np.zeros(len(rows), POLICY_META)
-        for value, (_, rev, masks, flags) in zip(values, rows, strict=True):
-            value["rev"] = rev
-            value["flags"] = flags
-            value["plens_id"] = masks.id
-            value["plens_any"] = masks.any
-        self._meta.update_batch(np.array([slot for slot, *_ in rows], "u4"), values)
+    def _put_metas(
+        self, changes: Sequence[_Change], revs: Sequence[int], masks: Sequence[Masks], flags: int
+    ) -> None:
+        """Rows of cilia_policy_meta."""
+        if not changes:
+            return
+        values = np.zeros(len(changes), POLICY_META)
+        values["rev"] = revs
+        values["flags"] = flags
+        values["plens_id"] = [x.id for x in masks]
+        values["plens_any"] = [x.any for x in masks]
+        self._meta.update_batch(np.array([x.slot for x in changes], "u4"), values)
 
     def close(self) -> None:
         for actual in self._actual.values():
             actual.inner.close()
         self._actual.clear()
+
+
+def _write_few(inner: Map, writes: Writes) -> None:
+    """Row by row: for few rows that costs less than to gather them."""
+    for puts, drops in (
+        (writes.put_denies, ()),
+        (writes.put_allows, writes.drop_allows),
+        (writes.lift_denies, writes.drop_denies),
+    ):
+        for key, value in puts:
+            inner.update(key, value)
+        for key in drops:
+            inner.delete(key)
+
+
+def _write_some(inner: Map, delta: RowsDelta) -> None:
+    for put in (delta.put_denies, delta.put_allows):
+        if len(put):
+            inner.update_batch(put.key_array(), put.value_array())
+    if len(delta.drop_allows):
+        inner.delete_batch(delta.drop_allows.key_array())
+    if len(delta.lift_denies):
+        inner.update_batch(delta.lift_denies.key_array(), delta.lift_denies.value_array())
+    if len(delta.drop_denies):
+        inner.delete_batch(delta.drop_denies.key_array())
 
 
 class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
