@@ -22,6 +22,7 @@ NOUNS = {
     "policy": ("cli.policy:policy", "Apply, delete, validate and trace policies."),
     "bpf": ("cli.bpf:bpf", "What the kernel holds: policy, ct, ipcache, endpoint, metrics."),
     "monitor": ("cli.monitor:monitor", "Watch verdicts, drops and agent events as they happen."),
+    "flows": ("cli.flows:flows", "Flows, live and past: observe, top, history, export, lost."),
     "lab": ("cli.lab:lab", "A node with workloads on this machine, from a YAML file."),
     "store": ("cli.store:store", "The cluster state store: status, backup, restore."),
     "cleanup": ("cli.cleanup:cleanup", "Remove every trace of Cilia from this host."),
