@@ -94,6 +94,10 @@ class BoundedFanout(Generic[T]):
         """How many subscribers there are: with none, the producer need not even make the item."""
         return len(self._subscriptions)
 
+    @property
+    def subscriptions(self) -> tuple[Subscription[T], ...]:
+        return tuple(self._subscriptions)
+
     def subscribe(self, *, capacity: int | None = None) -> Subscription[T]:
         """Starts a queue, a context manager. Only what is published from now on arrives."""
         subscription = Subscription(self, capacity or self._capacity)

@@ -1,4 +1,5 @@
-"""A gRPC server on a unix socket, as a lifecycle part, with health, reflection and readable errors.
+"""gRPC servers as lifecycle parts, with health, reflection and readable errors: `Server` on a unix
+socket, `TlsServer` on TCP with mutual TLS.
 
 The socket is root's and, where the group `cilia` exists, that group's: who may connect may do
 everything. The directory is created 0750, the socket is bound 0600 and then opened to the group, so
@@ -26,6 +27,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cilia.errors import ConflictError, PreconditionError
+from cilia.pki.files import CertificateUnusable, Credentials, KeyPair
 from cilia.rpc.interceptor import EdgeInterceptor
 from cilia.telemetry import fields
 
@@ -55,43 +57,34 @@ class SocketUnusable(PreconditionError):
     """The path cannot become a socket of ours."""
 
 
-class Server:
-    """Serves `services`, each the `add_XServicer_to_server` of generated code bound to its
-    servicer: `lambda server: add_EndpointServiceServicer_to_server(servicer, server)`.
-
-    It starts NOT_SERVING; call `set_serving(True)` when the service is ready and
-    `set_serving(False)` when it begins to stop (`lifecycle.on_ready`, `on_stopping`).
-    """
+class _Listener:
+    """What the servers have in common. Where they listen is the subclass's."""
 
     def __init__(
         self,
         *,
-        socket: Path,
         services: Sequence[Callable[[grpc.aio.Server], None]],
-        group: str | None = GROUP,
-        grace_s: float = 2.0,
-        unary_limit_s: float = UNARY_LIMIT_S,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        grace_s: float,
+        unary_limit_s: float,
+        max_message_bytes: int,
+        with_reflection: bool = True,
     ) -> None:
-        self.socket = socket
         self._services = tuple(services)
-        self._group = group
         self._grace_s = grace_s
         self._unary_limit_s = unary_limit_s
         self._max_message_bytes = max_message_bytes
+        self._with_reflection = with_reflection
         self._server: grpc.aio.Server | None = None
         self._health: Any = None
         self._names: tuple[str, ...] = ()
         self._serving = False
-        self._inode: tuple[int, int] | None = None
 
     @property
     def service_names(self) -> tuple[str, ...]:
         """Full names of what is served, once started."""
         return self._names
 
-    async def start(self) -> None:
-        gid = claim_socket_path(self.socket, self._group)
+    async def _make(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(unary_limit_s=self._unary_limit_s)],
             options=[
@@ -111,41 +104,22 @@ class Server:
         self._names = tuple(names.seen)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if self._with_reflection:
+            reflection.enable_server_reflection(
+                (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
         await self._publish_health()
-        # The runtime binds here and now. The umask is the process's, but nothing else runs
-        # meanwhile.
-        old_umask = os.umask(0o177)
-        try:
-            server.add_insecure_port(f"unix:{self.socket}")
-        except RuntimeError as error:
-            raise SocketUnusable(
-                f"cannot bind the socket {self.socket}: {error}",
-                cure="Check that its directory exists on a writable file system",
-            ) from error
-        finally:
-            os.umask(old_umask)
-        open_to_group(self.socket, gid)
-        status = self.socket.stat()
-        self._inode = (status.st_dev, status.st_ino)
-        await server.start()
-        self._server = server
-        log.info("The server is listening.", **{fields.SOCKET: str(self.socket)})
+        return server
 
-    async def stop(self) -> None:
+    async def _stop(self) -> bool:
+        """False when it was not running."""
         if self._server is None:
-            return
+            return False
         server, self._server = self._server, None
         self._serving = False
         await self._publish_health()
         await server.stop(self._grace_s)
-        with contextlib.suppress(FileNotFoundError):
-            status = self.socket.stat()
-            # Not a successor's socket, should one have taken our place.
-            if (status.st_dev, status.st_ino) == self._inode:
-                self.socket.unlink()
+        return True
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 answers for the server as a whole and for each of its services."""
@@ -161,6 +135,169 @@ class Server:
         )
         for name in ("", *self._names):
             await self._health.set(name, status)
+
+
+class Server(_Listener):
+    """Serves `services`, each the `add_XServicer_to_server` of generated code bound to its
+    servicer: `lambda server: add_EndpointServiceServicer_to_server(servicer, server)`.
+
+    It starts NOT_SERVING; call `set_serving(True)` when the service is ready and
+    `set_serving(False)` when it begins to stop (`lifecycle.on_ready`, `on_stopping`).
+    """
+
+    def __init__(
+        self,
+        *,
+        socket: Path,
+        services: Sequence[Callable[[grpc.aio.Server], None]],
+        group: str | int | None = GROUP,
+        grace_s: float = 2.0,
+        unary_limit_s: float = UNARY_LIMIT_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(
+            services=services,
+            grace_s=grace_s,
+            unary_limit_s=unary_limit_s,
+            max_message_bytes=max_message_bytes,
+        )
+        self.socket = socket
+        self._group = group
+        self._inode: tuple[int, int] | None = None
+
+    async def start(self) -> None:
+        _check_path(self.socket)
+        gid = _gid(self._group)
+        _ensure_run_directory(self.socket.parent, gid)
+        remove_stale_socket(self.socket)
+        server = await self._make()
+        # The runtime binds here and now. The umask is the process's, but nothing else runs
+        # meanwhile.
+        old_umask = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{self.socket}")
+        except RuntimeError as error:
+            raise SocketUnusable(
+                f"cannot bind the socket {self.socket}: {error}",
+                cure="Check that its directory exists on a writable file system",
+            ) from error
+        finally:
+            os.umask(old_umask)
+        if gid is not None:
+            try:
+                os.chown(self.socket, -1, gid)
+                self.socket.chmod(0o660)
+            except PermissionError:  # not root, and not of the group: it stays ours alone
+                log.warning(
+                    "The socket could not be given to its group.",
+                    **{fields.SOCKET: str(self.socket)},
+                )
+        status = self.socket.stat()
+        self._inode = (status.st_dev, status.st_ino)
+        await server.start()
+        self._server = server
+        log.info("The server is listening.", **{fields.SOCKET: str(self.socket)})
+
+    async def stop(self) -> None:
+        if not await self._stop():
+            return
+        with contextlib.suppress(FileNotFoundError):
+            status = self.socket.stat()
+            # Not a successor's socket, should one have taken our place.
+            if (status.st_dev, status.st_ino) == self._inode:
+                self.socket.unlink()
+
+
+class AddressUnusable(PreconditionError):
+    """Nobody can listen there."""
+
+
+class TlsServer(_Listener):
+    """The same on TCP, for what leaves the node: both ends show a certificate, and the client's
+    must be of an authority that ours trusts. Who the client is, `peer_names` tells a handler.
+
+    Certificates are read at every handshake, so renewed ones are used without a restart.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        credentials: Credentials,
+        services: Sequence[Callable[[grpc.aio.Server], None]],
+        grace_s: float = 2.0,
+        unary_limit_s: float = UNARY_LIMIT_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(
+            services=services,
+            grace_s=grace_s,
+            unary_limit_s=unary_limit_s,
+            max_message_bytes=max_message_bytes,
+            with_reflection=False,
+        )
+        self.address = address
+        self.port = 0
+        self._credentials = credentials
+
+    async def start(self) -> None:
+        first = self._credentials.current()
+        server = await self._make()
+        try:
+            self.port = server.add_secure_port(self.address, self._grpc_credentials(first))
+        except RuntimeError as error:
+            self.port = 0
+            raise AddressUnusable(
+                f"cannot listen at {self.address}: {error}",
+                cure="Is the port in use, or the address not this host's?",
+            ) from error
+        await server.start()
+        self._server = server
+        log.info(
+            "The server is listening.", **{fields.ADDRESS: self.address, fields.PORT: self.port}
+        )
+
+    async def stop(self) -> None:
+        await self._stop()
+
+    def _grpc_credentials(self, first: KeyPair) -> grpc.ServerCredentials:
+        def configuration(pair: KeyPair) -> Any:
+            return grpc.ssl_server_certificate_configuration(
+                [(pair.key, pair.chain)], root_certificates=pair.roots
+            )
+
+        last = first
+
+        def fetch() -> Any:
+            """Called at each handshake; None: nothing has changed."""
+            nonlocal last
+            try:
+                pair = self._credentials.current()
+            except CertificateUnusable:  # pragma: no cover  # there was one at the start
+                return None
+            if pair is last:
+                return None
+            last = pair
+            log.info("A renewed certificate is in use.", **{fields.ADDRESS: self.address})
+            return configuration(pair)
+
+        return grpc.dynamic_ssl_server_credentials(
+            configuration(first), fetch, require_client_authentication=True
+        )
+
+
+def peer_names(context: Any) -> tuple[str, ...]:
+    """The names in the certificate of the client of a call, URIs first; () on a unix socket."""
+    try:
+        found = context.auth_context()
+    except (AttributeError, RuntimeError):
+        return ()
+    names = [
+        value.decode("utf-8", "replace")
+        for key in ("peer_uri", "peer_dns", "x509_subject_alternative_name", "x509_common_name")
+        for value in found.get(key, ())
+    ]
+    return tuple(dict.fromkeys(sorted(names, key=lambda name: "://" not in name)))
 
 
 class _NameRecorder:
@@ -244,9 +381,9 @@ def _check_path(path: Path) -> None:
         )
 
 
-def _gid(group: str | None) -> int | None:
-    if group is None:
-        return None
+def _gid(group: str | int | None) -> int | None:
+    if group is None or isinstance(group, int):
+        return group
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:

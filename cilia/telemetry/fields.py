@@ -71,6 +71,12 @@ ATTACH_MODE: Final = "attach_mode"
 FEATURE: Final = "feature"
 PATH: Final = "path"
 
+# xDS
+STREAM: Final = "stream"
+TYPE_URL: Final = "type_url"
+RESOURCE: Final = "resource"
+PORT: Final = "port"
+
 # The store
 LEASE_ID: Final = "lease_id"
 LEASE_TTL_S: Final = "lease_ttl_s"
