@@ -125,6 +125,10 @@ class Change:
             for node in _scopes(nodes):
                 self._staged[url, name, node] = None
 
+    def remove_common(self, url: TypeURL, name: str) -> None:
+        """Removes the one that is for all; nodes keep their own."""
+        self._staged[url, name, None] = None
+
     def commit(self, tables: dict[TypeURL, _Table]) -> list[Changed]:
         changed: list[Changed] = []
         for url, name in self._everywhere:

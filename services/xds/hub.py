@@ -247,6 +247,10 @@ class Hub:
         """Those that are connected."""
         return self._of_node.keys()
 
+    def asked(self, node: NodeID, url: TypeURL, name: str) -> bool:
+        """Whether a client of the node has asked for it."""
+        return bool(self._states(node, url, name))
+
     def standing(self, node: NodeID, url: TypeURL, name: str) -> Standing:
         """Whether the node's clients have what they should have under this name.
 

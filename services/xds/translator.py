@@ -46,7 +46,8 @@ class Translation:
 
 
 class Translator(Protocol):
-    """Implemented in services/xds/translate."""
+    """Implemented in services/xds/translate; made anew when the agent says that its node's
+    addresses are others."""
 
     def base(self) -> Collection[Item]:
         """Resources that are there always: clusters, and what every listener uses."""
