@@ -85,6 +85,11 @@ build/bpf/%.o: bpf/%.c Makefile
 protos: setup ## Regenerate the committed gRPC stubs from protos/**/*.proto
 	@scripts/protos.sh .
 
+.PHONY: schemas
+schemas: setup ## Rewrite the committed schemas of policy documents
+	@.venv/bin/cilia policy schema >cilia/policy/schemas/policy.schema.json
+	@.venv/bin/cilia policy schema --format crd >cilia/policy/schemas/crds.yaml
+
 .PHONY: lock
 lock: ## Rewrite requirements.lock from pyproject.toml (UPGRADE=1: newest versions)
 	@scripts/lock.sh

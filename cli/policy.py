@@ -11,6 +11,7 @@ VERBS = {
     "get": ("cli.policy_store:get", "List policies, or show the documents named."),
     "delete": ("cli.policy_store:delete", "Delete policies: what they allowed is cut."),
     "validate": ("cli.policy_validate:validate", "Check policy files."),
+    "schema": ("cli.policy_schema:schema", "JSON Schema or CRDs of policy documents."),
     "trace": ("cli.policy_trace:trace", "Would a connection be allowed, and by which rule?"),
     "matrix": ("cli.policy_matrix:matrix", "Who may talk to whom on what."),
 }

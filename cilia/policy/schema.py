@@ -99,12 +99,36 @@ def suggestion(word: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Either:
+    """A value of one of several types, for `manifests`: who checks it tells them apart himself.
+
+    A type of its own making says in `model` what plain type it has the structure of, or this.
+    """
+
+    types: tuple[Type, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Null:
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        if node.value is not None:
+            c.fault(path, node, f"must be nothing, not {kind_of(node.value)}")
+            return INVALID
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
-    """Text, bounded; `parse` turns it into its meaning or raises ValueError with the reason."""
+    """Text, bounded; `parse` turns it into its meaning or raises ValueError with the reason.
+
+    `pattern` tells editors and Kubernetes what parse() accepts at most.
+    """
 
     parse: Callable[[str], Any] | None = None
     max_length: int = 1024
     number_ok: bool = False  # numbers are taken as their text
+    kubernetes_number_ok: bool = True  # by its API server too
+    pattern: str = ""
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
         value = node.value
@@ -253,6 +277,7 @@ class Object:
     build: Callable[[dict[str, Any], Node, str, Checking], Any] | None = None
     # Fields that exist elsewhere in the language, with the reason why not here.
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""  # in JSON Schema, of what stands in several places
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
         if not isinstance(node.value, dict):

@@ -57,7 +57,7 @@ def _dns(pattern: re.Pattern[str], what: str) -> Callable[[str], str]:
     return parse
 
 
-_METADATA: Final = Object(
+METADATA: Final = Object(
     {
         "name": Text(_dns(DNS_SUBDOMAIN, "name"), max_length=253),
         "namespace": Text(_dns(_DNS_LABEL, "namespace"), max_length=63),
@@ -79,15 +79,16 @@ _METADATA: Final = Object(
             ),
             Anything(),
         ),
-    }
+    },
+    name="Metadata",
 )
-_API_VERSIONS: Final = {
+API_VERSIONS: Final = {
     Kind.CNP: "cilium.io/v2",
     Kind.CCNP: "cilium.io/v2",
     Kind.RULES: "cilium.io/v2",
     Kind.NP: kubernetes.API_VERSION,
 }
-_NAMESPACED: Final = (Kind.CNP, Kind.NP)
+NAMESPACED: Final = (Kind.CNP, Kind.NP)
 
 
 def _default_name(source: str) -> str:
@@ -123,7 +124,7 @@ class _Reader:
                     if kind and isinstance(item.value, dict):
                         place = item.line, item.column
                         item.value.setdefault("kind", Node(kind, *place))
-                        version = _text(node, "apiVersion") or _API_VERSIONS[Kind(kind)]
+                        version = _text(node, "apiVersion") or API_VERSIONS[Kind(kind)]
                         item.value.setdefault("apiVersion", Node(version, *place))
                     self.add(item)
                 return
@@ -168,12 +169,12 @@ class _Reader:
             return None
         c = Checking(self.source, title)
         at = node.value.get("metadata")
-        metadata = {} if at is None or at.value is None else _METADATA.check(at, "metadata", c)
+        metadata = {} if at is None or at.value is None else METADATA.check(at, "metadata", c)
         namespace: str | None = None
         name = ""
         if metadata is not INVALID:
             name = metadata.get("name", "")
-            if kind.value in _NAMESPACED:
+            if kind.value in NAMESPACED:
                 namespace = metadata.get("namespace") or self.default_namespace
             elif "namespace" in metadata and at is not None:
                 c.fault(
@@ -187,7 +188,7 @@ class _Reader:
                 else:
                     c.fault("metadata.name", at or node, "is missing")
         if kind.value != Kind.RULES or "apiVersion" in node.value:
-            version, wanted = node.value.get("apiVersion"), _API_VERSIONS[Kind(kind.value)]
+            version, wanted = node.value.get("apiVersion"), API_VERSIONS[Kind(kind.value)]
             if version is None or version.value is None:
                 c.fault("apiVersion", node, f"is missing; write {wanted}")
             elif version.value != wanted:

@@ -39,10 +39,10 @@ class _Absent:
     """A peer that is checked and carried, and that nothing can resolve yet."""
 
     def __init__(self, what: str, item: Type) -> None:
-        self.what, self.item = what, item
+        self.what, self.model = what, item
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
-        if self.item.check(node, path, c) is INVALID:
+        if self.model.check(node, path, c) is INVALID:
             return INVALID
         return AbsentSelector(self.what, canonical(node))
 
@@ -92,8 +92,10 @@ def _peer_fields(side: str) -> dict[str, Type]:
 
 
 class _Entity:
+    model: Final = Choice(ENTITIES, "entity")
+
     def check(self, node: Node, path: str, c: Checking) -> Any:
-        word = Choice(ENTITIES, "entity").check(node, path, c)
+        word = self.model.check(node, path, c)
         return word if word is INVALID else EntitySelector(word)
 
 
@@ -136,10 +138,11 @@ class ElementType:
                 {"mode": Choice(("disabled", "required", "test-always-fail"), "mode")},
                 required=("mode",),
             )
-        self.object = Object(fields, build=self.build, elsewhere=elsewhere)
+        name = f"{'Egress' if egress else 'Ingress'}{'Deny' if deny else ''}Entry"
+        self.model = Object(fields, build=self.build, elsewhere=elsewhere, name=name)
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
-        return self.object.check(node, path, c)
+        return self.model.check(node, path, c)
 
     def build(self, v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
         origin = c.mark(path, node)

@@ -36,6 +36,7 @@ from cilia.policy.schema import (
     INVALID,
     Checking,
     Choice,
+    Either,
     Int,
     ListOf,
     Object,
@@ -61,6 +62,7 @@ class _Port:
 
     number: Final = Int(1, MAX_PORT)
     name: Final = Text(port_name)
+    model: Final = Either((number, name))
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
         value = node.value
@@ -105,6 +107,7 @@ _PORTS: Final = ListOf(
             "protocol": Choice(("TCP", "UDP", "SCTP"), "protocol"),
         },
         build=_build_port,
+        name="NetworkPolicyPort",
     ),
     MAX_PORTS,
     "ports",
@@ -186,6 +189,7 @@ _PEERS: Final = ListOf(
             ),
         },
         build=_build_peer,
+        name="NetworkPolicyPeer",
     ),
     MAX_PEERS,
     "peers",
@@ -253,13 +257,6 @@ def _entries(side: str, other: str) -> ListOf:
     )
 
 
-class _PolicyTypes:
-    words: Final = ListOf(Choice(_DIRECTIONS, "policy type"), 2, "policy types")
-
-    def check(self, node: Node, path: str, c: Checking) -> Any:
-        return self.words.check(node, path, c)
-
-
 def _isolated(v: dict[str, Any], node: Node, path: str, c: Checking) -> dict[bool, bool]:
     """By direction (egress): whether the policy isolates in it."""
     if types := v.get("policyTypes"):
@@ -315,11 +312,12 @@ class _Spec:
 SPEC: Final = Object(
     {
         "podSelector": KUBERNETES_SELECTOR,
-        "policyTypes": _PolicyTypes(),
+        "policyTypes": ListOf(Choice(_DIRECTIONS, "policy type"), 2, "policy types"),
         "ingress": _entries("from", "to"),
         "egress": _entries("to", "from"),
     },
     build=_build_spec,
+    name="NetworkPolicySpec",
 )
 
 

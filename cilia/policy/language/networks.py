@@ -37,12 +37,12 @@ class Cidr:
     """A CIDR; bits beyond its length are cut off, with a warning."""
 
     def __init__(self, *, need_length: bool) -> None:
-        self.text: Final = Text(
+        self.model: Final = Text(
             lambda text: (text, _network(text, need_length=need_length)), max_length=64
         )
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
-        found = self.text.check(node, path, c)
+        found = self.model.check(node, path, c)
         if found is INVALID:
             return INVALID
         text, network = found
@@ -56,10 +56,10 @@ class Cidr:
 class CidrPeer:
     """A CIDR or an address as a peer."""
 
-    cidr: Final = Cidr(need_length=False)
+    model: Final = Cidr(need_length=False)
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
-        network = self.cidr.check(node, path, c)
+        network = self.model.check(node, path, c)
         return network if network is INVALID else CidrSelector(network)
 
 
@@ -103,4 +103,5 @@ CIDR_RULE: Final = Object(
         "cidrGroupSelector": SELECTOR,
     },
     build=_build_cidr_rule,
+    name="CIDRRule",
 )

@@ -80,13 +80,13 @@ def _port(text: str) -> int | str:
 
 
 class _Protocol:
-    words: Final = Choice(tuple(PROTOCOLS), "protocol", any_case=True)
+    model: Final = Choice(tuple(PROTOCOLS), "protocol", any_case=True)
 
     def check(self, node: Node, path: str, c: Checking) -> Any:
         if isinstance(node.value, str) and node.value.upper() in ("ICMP", "ICMPV6"):
             c.fault(path, node, "ICMP has types, not ports: write it as `icmps`")
             return INVALID
-        word = self.words.check(node, path, c)
+        word = self.model.check(node, path, c)
         return word if word is INVALID else PROTOCOLS[word]
 
 
@@ -207,7 +207,13 @@ def _build_port_rule(v: dict[str, Any], node: Node, path: str, c: Checking) -> A
 _PORTS: Final = ListOf(
     Object(
         {
-            "port": Text(_port, max_length=64, number_ok=True),
+            "port": Text(
+                _port,
+                max_length=64,
+                number_ok=True,
+                kubernetes_number_ok=False,
+                pattern=r"^[0-9a-zA-Z]([-0-9a-zA-Z]*[0-9a-zA-Z])?$",
+            ),
             "endPort": Int(0, MAX_PORT),
             "protocol": _Protocol(),
         },
@@ -248,13 +254,16 @@ _PORT_RULE_FIELDS: Final[Mapping[str, Type]] = {
     "serverNames": ListOf(Text(_server_name, max_length=255), 1000),
     "listener": _LISTENER,
 }
-PORT_RULES: Final = ListOf(Object(_PORT_RULE_FIELDS, build=_build_port_rule), MAX_PORT_RULES)
+PORT_RULES: Final = ListOf(
+    Object(_PORT_RULE_FIELDS, build=_build_port_rule, name="PortRule"), MAX_PORT_RULES
+)
 _ONLY_PORTS: Final = "a deny rule has ports only: what it denies, it denies whatever the request"
 DENY_PORT_RULES: Final = ListOf(
     Object(
         {"ports": _PORTS},
         build=_build_port_rule,
         elsewhere={name: _ONLY_PORTS for name in _PORT_RULE_FIELDS if name != "ports"},
+        name="DenyPortRule",
     ),
     MAX_PORT_RULES,
 )
@@ -355,6 +364,7 @@ ICMPS: Final = ListOf(
             )
         },
         build=_build_icmps,
+        name="ICMPRule",
     ),
     MAX_PORT_RULES,
 )

@@ -107,6 +107,7 @@ TLS: Final = Object(
         certificate=v.get("certificate", ""),
         private_key=v.get("privateKey", ""),
     ),
+    name="TLSContext",
 )
 
 
@@ -148,7 +149,7 @@ def _fqdn(make: type[FQDNSelector] | type[DNSRule]) -> Object:
         found = _build_fqdn(v, node, path, c)
         return found if found is INVALID else make(*found)
 
-    return Object(_FQDN_FIELDS, build=build)
+    return Object(_FQDN_FIELDS, build=build, name="DNSNames")
 
 
 FQDN_PEER: Final = _fqdn(FQDNSelector)
@@ -310,4 +311,5 @@ L7: Final = Object(
         "l7": ListOf(_GENERIC, MAX_L7_RULES, "rules"),
     },
     build=_build_l7,
+    name="L7Rules",
 )

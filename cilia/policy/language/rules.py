@@ -8,23 +8,25 @@ from cilia.labels import SOURCE_GENERATED, SOURCE_UNSPEC, Label, LabelError, Lab
 from cilia.policy.api import Element, Origin, Rule
 from cilia.policy.language.elements import ElementType
 from cilia.policy.language.selectors import SELECTOR
-from cilia.policy.schema import INVALID, Bool, Checking, ListOf, Object, Text
+from cilia.policy.schema import INVALID, Bool, Checking, Either, ListOf, Object, Text
 from cilia.policy.tree import Node
 
 MAX_ELEMENTS: Final = 10_000  # in one list of one rule
 
 
 class _RuleLabels:
+    text: Final = Text()
+    mapping: Final = Object({"key": Text(), "value": Text(), "source": Text()}, required=("key",))
+    model: Final = Either((text, mapping))
+
     def check(self, node: Node, path: str, c: Checking) -> Any:
         if isinstance(node.value, dict):
-            v = Object({"key": Text(), "value": Text(), "source": Text()}, required=("key",)).check(
-                node, path, c
-            )
+            v = self.mapping.check(node, path, c)
             if v is INVALID:
                 return INVALID
             text = f"{v.get('source') or SOURCE_UNSPEC}:{v['key']}={v.get('value', '')}"
         else:
-            text = Text().check(node, path, c)
+            text = self.text.check(node, path, c)
             if text is INVALID:
                 return INVALID
         try:
@@ -118,4 +120,5 @@ RULE: Final = Object(
         "log": Object({"value": Text(max_length=1024)}),
     },
     build=_build_rule,
+    name="Rule",
 )

@@ -16,7 +16,18 @@ from cilia.labels import (
     parse_selector_key,
 )
 from cilia.policy.api import EndpointSelector, Requirement
-from cilia.policy.schema import INVALID, Checking, Choice, ListOf, MapOf, Object, Text, shown
+from cilia.policy.schema import (
+    INVALID,
+    Checking,
+    Choice,
+    Either,
+    ListOf,
+    MapOf,
+    Null,
+    Object,
+    Text,
+    shown,
+)
 from cilia.policy.tree import Node
 
 DNS_SUBDOMAIN: Final = re.compile(
@@ -100,13 +111,15 @@ def _build_expression(v: dict[str, Any], node: Node, path: str, c: Checking) -> 
 class _LabelText:
     """A value of matchLabels; null is the empty one, as in `reserved:host:` unquoted."""
 
+    model: Final = Either((Text(), Null()))
+
     def check(self, node: Node, path: str, c: Checking) -> Any:
         if node.value is None:
             return ""
-        return Text().check(node, path, c)
+        return self.model.types[0].check(node, path, c)
 
 
-def _selector(parse_key: Callable[[str], Key]) -> Object:
+def _selector(name: str, parse_key: Callable[[str], Key]) -> Object:
     def build(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
         requirements = []
         for name, value in v.get("matchLabels", {}).items():
@@ -133,8 +146,9 @@ def _selector(parse_key: Callable[[str], Key]) -> Object:
             "matchExpressions": ListOf(expression, MAX_KEYS),
         },
         build=build,
+        name=name,
     )
 
 
-SELECTOR: Final = _selector(selector_key)
-KUBERNETES_SELECTOR: Final = _selector(kubernetes_key)
+SELECTOR: Final = _selector("Selector", selector_key)
+KUBERNETES_SELECTOR: Final = _selector("KubernetesSelector", kubernetes_key)
