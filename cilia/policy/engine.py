@@ -620,7 +620,9 @@ class PolicyEngine:
             egress_enforced=enforced[True],
             selectors={selector: tuple(dict.fromkeys(said)) for selector, said in found.items()},
             everyone=tuple(dict.fromkeys(everyone)),
-            host_allow=self.allow_localhost and enforced[False] and not held.node,
+            host_allow=self.allow_localhost
+            and (enforced[False] or bool(audited[False]))
+            and not held.node,
             default_deny=(tuple(sources[False]), tuple(sources[True])),
             audited=(
                 () if enforced[False] else tuple(audited[False]),

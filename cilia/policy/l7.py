@@ -12,10 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
-from cilia.policy.api import L7Rule, L7Rules, RuleID, TLSContext
+from cilia.policy.api import (
+    PARSER_LISTENER,
+    PARSER_TLS,
+    L7Rule,
+    L7Rules,
+    RuleID,
+    TLSContext,
+)
 
 #: Every parser that some version of Cilia's proxies enforces; offline tools take all to be there.
-ALL_PARSERS: Final = frozenset(("http", "kafka", "dns", "tls", "listener"))
+ALL_PARSERS: Final = frozenset(("http", "kafka", "dns", PARSER_TLS, PARSER_LISTENER))
 _DIGEST_BYTES: Final = 16
 
 
@@ -72,7 +79,7 @@ def _plain(value: Any) -> Any:
 def merge(parts: Iterable[tuple[RuleID, L7Rules]], plain: RuleID | None, egress: bool) -> L7Set:
     """One set from all L7 rules that meet on a row.
 
-    `plain` is a rule that allows the same traffic without an L7 part (0: the implicit allow of the
+    A part without a rule (0) shows the traffic to a proxy and restricts nothing. `plain` is a rule that allows the same traffic without an L7 part (0: the implicit allow of the
     local host): then every request passes, but still by the proxy. Raises ConflictError where the
     parts cannot be served by one listener.
     """
@@ -88,8 +95,8 @@ def merge(parts: Iterable[tuple[RuleID, L7Rules]], plain: RuleID | None, egress:
                 raise ConflictError("their TLS contexts differ")
             tls[i] = context
         found: tuple[L7Rule | None, ...] = rules.rules
-        if not found and rules.parser in ("tls", "listener"):
-            found = (None,)
+        if not rule_id or (not found and rules.parser in (PARSER_TLS, PARSER_LISTENER)):
+            found = (None,)  # only to be seen, or a connection without requests
         for rule in found:
             entries[rule_id, _text(rule)] = L7Entry(rule_id, rule)
     if len(heads) > 1:

@@ -361,6 +361,10 @@ class Program:
             entry = _entry(exact or plain, deny=False)
         else:
             entry = IMPLICIT
+        if not would and not plain and found and all(not c.rule_id for c in found):
+            # Shown to a proxy, but allowed for no reason of its own.
+            by = tuple(ref.rule_id for ref in self.audited[key.egress])
+            return replace(entry, rules=by, audit=bool(by))
         if would:
             ids_of = tuple(dict.fromkeys(c.rule_id for c in sorted(would, key=_order)))
             entry = PolicyEntry(False, ids_of[0], ids_of, entry.l7, True)
