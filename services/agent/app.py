@@ -54,6 +54,12 @@ from services.agent.endpoint import CLOSING, EndpointState
 from services.agent.endpointtable import Endpoints
 from services.agent.eventmeta import EventMeaning
 from services.agent.host import HostNetwork
+from services.agent.hostpolicy import (
+    HostConnections,
+    control_ports,
+    control_ports_row,
+    node_labels,
+)
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
 from services.agent.ipam import Ipam
 from services.agent.lives import EndpointLives
@@ -87,7 +93,12 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
 
     # ---- what is owned: directory, kernel, tables
     lifecycle.add("lock", statefile.DirectoryLock(config.agent_dir, owner=f"agent {config.node}"))
-    datapath = Datapath(config)
+    datapath = Datapath(
+        config,
+        control_ports=control_ports_row(
+            control_ports(config.control_ports, config.metrics_address)
+        ),
+    )
     endpoints = Endpoints()
     view = ClusterView()
     ipam = Ipam(config.pool4, config.pool6)
@@ -145,6 +156,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         notifier=notifier,
         saved=saved,
         announce=announce,
+        node_labels=node_labels(config.node_labels),
+        before_node=HostConnections(datapath, config.conntrack).enter,
         policy_limit=config.map_sizes.policy,
     )
     regenerate = Controller("regenerate", regeneration.flush, retry_s=0.5, retry_max_s=10.0)

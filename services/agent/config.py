@@ -99,6 +99,10 @@ class AgentConfig:
     enforcement: EnforcementMode = "default"
     allow_localhost: LocalhostMode = "always"
     policy_audit: bool = False
+    node_labels: tuple[str, ...] = ()  # by which nodeSelectors know this node
+    control_ports: tuple[
+        str, ...
+    ] = ()  # that policy of the node never closes: tcp/4240, .../egress
     allow_frag_needed: bool = True
     aggregation: Aggregation = "medium"
     report_interval_s: int = 5

@@ -74,8 +74,9 @@ class DatapathUnusable(DomainError):
 class Datapath:
     """A lifecycle part: loads on start, closes descriptors on stop, and leaves all pins."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, *, control_ports: bytes = bytes(32)) -> None:
         self._config = config
+        self.control_ports = control_ports  # as bpf/include/config.h has them
         self._executor = ThreadPoolExecutor(max_workers=3, thread_name_prefix="datapath")
         self._thread = threading.local()
         self._networks: list[Network] = []
@@ -147,6 +148,7 @@ class Datapath:
             "ROUTER_LL6": to_addr(ROUTER_LINK_LOCAL),
             "NAT_PORT_MIN": config.nat_port_min,
             "NAT_PORT_MAX": config.nat_port_max,
+            "CONTROL_PORTS": self.control_ports,
             "HAVE_KTIME_COARSE": int(probe.has_helper("bpf_ktime_get_coarse_ns")),
         }
 

@@ -19,6 +19,7 @@ from services.agent.config import (
     check,
     parse_networks,
 )
+from services.agent.hostpolicy import control_ports, node_labels
 
 ENV_PREFIX = "CILIA_AGENT_"
 _DEFAULT = AgentConfig(node="-")
@@ -86,6 +87,20 @@ def parser() -> argparse.ArgumentParser:
         help="whether the node may always reach its endpoints",
     )
     add("--policy-audit-mode", choices=on_off, default="off", help="report, drop nothing by policy")
+    add(
+        "--node-label",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="by which policies of nodes (nodeSelector) select this one; may be repeated",
+    )
+    add(
+        "--host-control-port",
+        action="append",
+        default=[],
+        metavar="PROTO/PORT[/egress]",
+        help="stays open whatever policy of the node says; may be repeated",
+    )
     add("--allow-icmp-frag-needed", choices=on_off, default="on", help="path MTU discovery works")
     add(
         "--monitor-aggregation",
@@ -203,6 +218,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         enforcement=a.enable_policy,
         allow_localhost=a.allow_localhost,
         policy_audit=a.policy_audit_mode == "on",
+        node_labels=tuple(a.node_label),
+        control_ports=tuple(a.host_control_port),
         allow_frag_needed=a.allow_icmp_frag_needed == "on",
         aggregation=a.monitor_aggregation,
         report_interval_s=a.monitor_interval,
@@ -223,4 +240,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         conntrack_gc_interval_s=a.conntrack_gc_interval,
     )
     check(config)
+    node_labels(config.node_labels)
+    control_ports(config.control_ports, config.metrics_address)
     return config, Logging(a.log_level, a.log_format)

@@ -23,11 +23,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import structlog
 
-from cilia.bpf.constants import EP_F_AUDIT, EP_F_OPEN
+from cilia.bpf.constants import EP_F_AUDIT, EP_F_HOST, EP_F_OPEN
 from cilia.controller import describe
 from cilia.errors import DomainError
-from cilia.identity import EndpointID, NumericIdentity, is_cluster
-from cilia.labels import SOURCE_K8S
+from cilia.identity import HOST, EndpointID, NumericIdentity, is_cluster, reserved_labels
+from cilia.labels import SOURCE_K8S, Labels
 from cilia.policy import Document, DocumentError
 from cilia.reconcile import State
 from cilia.table import ReadTable, Table
@@ -45,6 +45,7 @@ from services.agent.endpoint import (
     SubjectKey,
 )
 from services.agent.endpointtable import Endpoints
+from services.agent.hostpolicy import HOST_ID
 from services.agent.notifications import Notifier
 from services.agent.policystate import PolicyStateFile
 from services.agent.reconcilers.endpointmap import EndpointMapReconciler
@@ -96,6 +97,8 @@ class Regeneration:
         saved: PolicyStateFile,
         announce: Callable[[], Awaitable[None]],
         policy_limit: int,
+        node_labels: Labels | None = None,
+        before_node: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self.policy_limit = policy_limit  # rows that one policy may have
         self._node = node
@@ -107,6 +110,9 @@ class Regeneration:
         self._saved = saved
         self._saved_version = -1
         self._announce = announce
+        self._node_labels = node_labels or reserved_labels(HOST)
+        self._before_node = before_node  # the node's policy is in force
+        self._node_key: SubjectKey | None = None  # None: no rule selects the node
         self.pending = Pending()
         self._policies: Table[SubjectKey, PolicyMapRow] = Table(
             "policymap", key=lambda row: row.subject
@@ -167,6 +173,14 @@ class Regeneration:
     @property
     def failing(self) -> dict[SubjectKey, str]:
         return dict(self._subject_errors)
+
+    @property
+    def node_policy(self) -> PolicyMapRow | None:
+        """What is in force for the node itself; None while no rule is about it."""
+        row = self._rows.get(HOST_ID)
+        if row is None or self._node_key is None:
+            return None
+        return self._policies.get(self._node_key)
 
     def revision_of(self, endpoint: Endpoint) -> int:
         """The store revision of the policy set that the endpoint's policy was made from."""
@@ -243,6 +257,7 @@ class Regeneration:
         synced, live = self._view.synced, self._view.live
         self._fold()
         calculation = self.calculation
+        self._choose_node()
         calculation.set_users(
             endpoint for endpoint in self._endpoints if endpoint.state not in CLOSING
         )
@@ -308,6 +323,18 @@ class Regeneration:
         if names or pending.everything:
             self._fold_policies(names)
         calculation.mark_dirty(pending.force)
+
+    def _choose_node(self) -> None:
+        """The node is a subject while a rule selects it, and never where nothing is enforced."""
+        calculation = self.calculation
+        rules = calculation.engine.repository.rules_for(self._node_labels, node=True)
+        chosen = self._node_labels if rules and calculation.mode != "never" else None
+        self._node_key = calculation.set_node(chosen)
+
+    def adopt_node(self, slot: SlotIndex) -> bool:
+        """Keep the slot that an earlier run's row of the node leads to."""
+        key = SubjectKey(HOST, self.calculation.mode, self.calculation.audit)
+        return self.calculation.slots.adopt(key, slot)
 
     def _in_use(self, number: NumericIdentity) -> bool:
         return any(
@@ -497,9 +524,37 @@ class Regeneration:
             row = self._row_of(endpoint)
             if row is not None:
                 self._rows.upsert(row)
+        begins = self._put_node_row()
+        if begins and self._before_node is not None:
+            await self._before_node()
         if prune:
             self._rows.mark_synced()
         await self.endpointmap.flush()
+        if begins and self._before_node is not None:
+            await self._before_node()  # what began meanwhile
+
+    def _put_node_row(self) -> bool:
+        """The node's row follows its policy; True when from here on it is judged, and was not."""
+        if self._node_key is None:
+            self._rows.delete(HOST_ID)
+            return False
+        policy = self._done(self._node_key)
+        if policy is None:
+            return False  # what is in force, or nothing, stays
+        self._rows.upsert(
+            EndpointMapRow(
+                id=HOST_ID,
+                ifindex=0,
+                identity=HOST,
+                slot=policy.slot,
+                flags=EP_F_OPEN | EP_F_HOST | (EP_F_AUDIT if self._node_key.audit else 0),
+                mac=bytes(6),
+                node_mac=bytes(6),
+                ipv4=None,
+                ipv6=None,
+            )
+        )
+        return not self.endpointmap.has_node
 
     def _row_of(self, endpoint: Endpoint) -> EndpointMapRow | None:
         """None while there is nothing to say, or only what an earlier run has said already."""
@@ -581,8 +636,14 @@ class Regeneration:
                     endpoint.identity_labels,
                     error,
                 )
+        if self._node_key is not None and self._node_key in self._subject_errors:
+            behind = max(0, min(self._flushed_revision, revision - 1))
+            self._kept_revision.setdefault(HOST_ID, behind)
+        else:
+            self._kept_revision.pop(HOST_ID, None)
         for number in [n for n in self._kept_revision if n not in self._endpoints.table]:
-            del self._kept_revision[number]
+            if number != HOST_ID:
+                del self._kept_revision[number]
 
     async def _free_slots(self) -> None:
         """Subjects that no endpoint has, wants or is still held to by a failed change."""

@@ -20,6 +20,7 @@ from services.agent.conntrack import Conntrack
 from services.agent.datapath import Datapath
 from services.agent.endpoint import Endpoint
 from services.agent.endpointtable import Endpoints
+from services.agent.hostpolicy import HOST_ID
 from services.agent.identityalloc import IdentityAllocator
 from services.agent.ipam import Ipam
 from services.agent.record import EndpointRecords
@@ -70,6 +71,9 @@ async def restore(
         wiring.adopt(endpoints.get(endpoint.id))
         result.endpoints += 1
     calculation.cidrs.avoid(regeneration.ipcache.identities())
+    node = kernel.get(HOST_ID)
+    if node is not None and node.open and node.slot:
+        regeneration.adopt_node(node.slot)
     # Where record and row disagree the row's slot is not ours to name, nor to give to another.
     calculation.slots.hold(row.slot for row in kernel.values())
     known = {endpoint.host_interface for endpoint in endpoints}

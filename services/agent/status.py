@@ -91,6 +91,7 @@ class Status:
             self._policy(),
             self._programs(),
             self._endpoint_component(),
+            self._node_itself(),
             self._pools(),
             self._state_files(),
         )
@@ -154,6 +155,27 @@ class Status:
             )
         ready = sum(e.state is EndpointState.READY for e in self._endpoints)
         return Component("endpoints", "Ok", f"{ready}/{len(self._endpoints.table)} ready")
+
+    def _node_itself(self) -> Component:
+        row = self._regeneration.node_policy
+        if row is None:
+            return Component("host-policy", "Ok", "no policy selects this node")
+        blind = [device.name for device in self._host.devices if device.l3]
+        if blind:
+            return Component(
+                "host-policy",
+                "Warning",
+                f"not enforced on {', '.join(blind)}: a device without link layer header",
+            )
+        how = [
+            f"{name} {'enforced' if enforced else 'open'}"
+            for name, enforced in (
+                ("ingress", row.ingress_enforced),
+                ("egress", row.egress_enforced),
+            )
+        ]
+        audited = ", audited only" if row.subject.audit else ""
+        return Component("host-policy", "Ok", f"{', '.join(how)}: {row.size} rows{audited}")
 
     def _pools(self) -> Component:
         for pool in self._ipam.pools:

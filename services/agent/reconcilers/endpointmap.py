@@ -1,5 +1,7 @@
 """cilia_lxc and cilia_ifindex: one struct endpoint, under each address and under its interface.
 
+The node itself has one such row while policy is about it, under interface 0 alone.
+
 A row goes to its addresses before its interface when it opens, and leaves the other way round when
 it closes: a packet from the workload is judged by the interface's row, which is the last to say
 "open" and the first to say "closed".
@@ -12,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from cilia.bpf.constants import EP_F_OPEN
+from cilia.bpf.constants import EP_F_HOST, EP_F_OPEN
 from cilia.bpf.layout import ADDR, ENDPOINT, U32, to_addr
 from cilia.identity import EndpointID
 from cilia.reconcile import Reconciler
@@ -22,13 +24,15 @@ from services.agent.rows import EndpointMapRow
 
 assert ENDPOINT.fields is not None
 _SLOT_AT: Final = ENDPOINT.fields["policy_slot"][1]
+_NODE: Final = bytes(4)  # the key of the node's own row
 _SLOT: Final = slice(_SLOT_AT, _SLOT_AT + U32.itemsize)
 
 
 def value_of(row: EndpointMapRow) -> bytes:
     """struct endpoint."""
     value = np.zeros(1, ENDPOINT)
-    value["ifindex"] = row.ifindex
+    # The node's row has a key that no interface has, and an index that no endpoint has: loopback's.
+    value["ifindex"] = 1 if row.flags & EP_F_HOST else row.ifindex
     value["identity"] = row.identity
     value["policy_slot"] = row.slot
     value["id"] = row.id
@@ -65,6 +69,11 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
 
         self._by_address, self._by_ifindex = await self._datapath.run(read)
         return [np.frombuffer(value, ENDPOINT)[0] for value in self._by_ifindex.values()]
+
+    @property
+    def has_node(self) -> bool:
+        """Whether the programs find a row of the node itself."""
+        return _NODE in self._by_ifindex
 
     def slots(self) -> frozenset[int]:
         """The policy slots that rows in the kernel lead to."""
