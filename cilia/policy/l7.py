@@ -79,9 +79,10 @@ def _plain(value: Any) -> Any:
 def merge(parts: Iterable[tuple[RuleID, L7Rules]], plain: RuleID | None, egress: bool) -> L7Set:
     """One set from all L7 rules that meet on a row.
 
-    A part without a rule (0) shows the traffic to a proxy and restricts nothing. `plain` is a rule that allows the same traffic without an L7 part (0: the implicit allow of the
-    local host): then every request passes, but still by the proxy. Raises ConflictError where the
-    parts cannot be served by one listener.
+    A part without a rule (0) shows the traffic to a proxy and restricts nothing. `plain` is a rule
+    that allows the same traffic without an L7 part (0: the implicit allow of the local host): then
+    every request passes, but still by the proxy. Raises ConflictError where the parts cannot be
+    served by one listener.
     """
     entries: dict[tuple[int, str], L7Entry] = {}
     heads: dict[tuple[str, tuple[str, ...], str], RuleID] = {}
