@@ -21,6 +21,7 @@ from cli.settings import Settings
 from protos.agent.v1 import agent_pb2_grpc
 from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2_grpc
+from protos.xds.v1 import xds_pb2_grpc
 
 T = TypeVar("T")
 
@@ -58,6 +59,14 @@ class Identity:
         self.store = identity_pb2_grpc.StoreServiceStub(channel)
 
 
+class Xds:
+    """The xDS service's status."""
+
+    def __init__(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.status = xds_pb2_grpc.XdsStatusServiceStub(channel)
+
+
 def agent(settings: Settings, work: Callable[[Agent], Awaitable[T]]) -> T:
     """Run `work` against the agent. Raises CliError for whatever the agent answers."""
     return _run(settings, "agent", settings.agent_socket, Agent, work)
@@ -66,6 +75,11 @@ def agent(settings: Settings, work: Callable[[Agent], Awaitable[T]]) -> T:
 def identity(settings: Settings, work: Callable[[Identity], Awaitable[T]]) -> T:
     """Run `work` against the identity service. Raises CliError."""
     return _run(settings, "identity service", settings.identity_socket, Identity, work)
+
+
+def xds(settings: Settings, work: Callable[[Xds], Awaitable[T]]) -> T:
+    """Run `work` against the xDS service. Raises CliError."""
+    return _run(settings, "xds service", settings.xds_socket, Xds, work)
 
 
 C = TypeVar("C")
@@ -135,7 +149,7 @@ def to_cli_error(error: RpcError, *, name: str, socket: str) -> CliError:
 
 def unreachable(name: str, socket: str, details: str) -> CliError:
     """Why a service does not answer, as far as the socket tells."""
-    module = "agent" if name == "agent" else "identity"
+    module = name.removesuffix(" service")
     start = (
         f"start it with `python -m services.{module}`, or name its socket with --{module}-socket"
     )

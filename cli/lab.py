@@ -57,6 +57,7 @@ def _shape(view: LabView) -> dict[str, Any]:
                 "run_dir": n.run_dir,
                 "agent_socket": n.agent_socket,
                 "identity_socket": n.identity_socket,
+                "xds_socket": n.xds_socket if n.xds_argv else None,
                 "services": [
                     {"name": s.name, "pid": s.pid or None, "state": s.state, "message": s.message}
                     for s in view.services
@@ -108,8 +109,11 @@ def _workload_table(settings: Settings, view: LabView) -> None:
 def how_to_talk(lab_: LabState) -> list[str]:
     """Commands that work on this lab as it is."""
     node = lab_.nodes[0]
+    sockets = f"CILIA_AGENT_SOCK={node.agent_socket} CILIA_IDENTITY_SOCK={node.identity_socket}"
+    if node.xds_argv:
+        sockets += f" CILIA_XDS_SOCK={node.xds_socket}"
     lines = [
-        f"export CILIA_AGENT_SOCK={node.agent_socket} CILIA_IDENTITY_SOCK={node.identity_socket}",
+        f"export {sockets}",
         "cilia endpoint list",
         "cilia monitor",
     ]

@@ -12,6 +12,7 @@ from cli.settings import (
     Settings,
     default_agent_socket,
     default_identity_socket,
+    default_xds_socket,
     examples,
 )
 
@@ -24,6 +25,9 @@ NOUNS = {
     "monitor": ("cli.monitor:monitor", "Watch verdicts, drops and agent events as they happen."),
     "flows": ("cli.flows:flows", "Flows, live and past: observe, top, history, export, lost."),
     "lab": ("cli.lab:lab", "A node with workloads on this machine, from a YAML file."),
+    "redirect": ("cli.xds:redirect", "Redirects to the proxy: rules, requests, denials."),
+    "xds": ("cli.xds:xds", "The xDS service: clients, versions, refusals and their reasons."),
+    "cert": ("cli.cert:cert", "Certificates of mutual TLS: init, issue, rotate, list."),
     "store": ("cli.store:store", "The cluster state store: status, backup, restore."),
     "cleanup": ("cli.cleanup:cleanup", "Remove every trace of Cilia from this host."),
     "completion": ("cli.completion:completion", "Shell completion for bash, zsh and fish."),
@@ -61,6 +65,12 @@ Exit codes: 0 ok, 1 failed or not healthy, 2 usage, 3 service unreachable, 4 inv
     "[default: /run/cilia/identity.sock]",
 )
 @click.option(
+    "--xds-socket",
+    envvar="CILIA_XDS_SOCK",
+    default=default_xds_socket,
+    help="The xDS service's unix socket (or CILIA_XDS_SOCK).  [default: /run/cilia/xds.sock]",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Choice(["table", "json"]),
@@ -81,6 +91,7 @@ def cli(
     ctx: click.Context,
     agent_socket: str,
     identity_socket: str,
+    xds_socket: str,
     output: str,
     no_color: bool,
     timeout: float,
@@ -89,6 +100,7 @@ def cli(
     ctx.obj = Settings(
         agent_socket=agent_socket,
         identity_socket=identity_socket,
+        xds_socket=xds_socket,
         output=output,
         color=not no_color and sys.stdout.isatty(),
         timeout_s=timeout,

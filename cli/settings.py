@@ -22,6 +22,7 @@ class Settings:
 
     agent_socket: str
     identity_socket: str
+    xds_socket: str = str(DEFAULT_RUN_DIR / "xds.sock")
     output: str = "table"
     color: bool = True
     timeout_s: float = 30.0
@@ -41,6 +42,11 @@ def default_agent_socket() -> str:
 def default_identity_socket() -> str:
     """CILIA_IDENTITY_SOCK, else the identity service's default."""
     return os.environ.get("CILIA_IDENTITY_SOCK") or str(DEFAULT_RUN_DIR / "identity.sock")
+
+
+def default_xds_socket() -> str:
+    """CILIA_XDS_SOCK, else the xDS service's default."""
+    return os.environ.get("CILIA_XDS_SOCK") or str(DEFAULT_RUN_DIR / "xds.sock")
 
 
 pass_settings = click.make_pass_decorator(Settings)

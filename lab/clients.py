@@ -20,6 +20,7 @@ from lab.errors import LabError
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2, identity_pb2_grpc
+from protos.xds.v1 import xds_pb2, xds_pb2_grpc
 
 CALL_TIMEOUT_S = 40.0
 PING_TIMEOUT_S = 2.0
@@ -199,6 +200,17 @@ async def identity_answers(socket: str) -> bool:
         stub = identity_pb2_grpc.StoreServiceStub(channel)
         try:
             await stub.Status(identity_pb2.StatusRequest(), timeout=PING_TIMEOUT_S)
+        except RpcError:
+            return False
+        return True
+
+
+async def xds_answers(socket: str) -> bool:
+    """True when the xDS service answers."""
+    async with connect(Path(socket), service="xds") as channel:
+        stub = xds_pb2_grpc.XdsStatusServiceStub(channel)
+        try:
+            await stub.Status(xds_pb2.StatusRequest(), timeout=PING_TIMEOUT_S)
         except RpcError:
             return False
         return True

@@ -123,7 +123,7 @@ def _pids(lab: str, namespaces: list[str]) -> set[int]:
     recorded = state.read(lab)
     if recorded is not None and recorded.boot_id == state.boot_id():
         known = [recorded.world_process]
-        known += [p for node in recorded.nodes for p in (node.agent, node.identity)]
+        known += [p for node in recorded.nodes for p in node.processes]
         known += [w.process for w in recorded.workloads]
         pids.update(p.pid for p in known if p is not None and process.alive(p))
     pids = {pid for pid in pids if process.start_ticks(pid) is not None}

@@ -69,6 +69,11 @@ async def _view(lab: LabState) -> LabView:
         identity = _state(node.identity)
         pid = node.identity.pid if node.identity else 0
         services.append(ServiceView(node=node.name, name="identity", pid=pid, state=identity))
+        if node.xds_argv:
+            pid = node.xds.pid if node.xds else 0
+            services.append(
+                ServiceView(node=node.name, name="xds", pid=pid, state=_state(node.xds))
+            )
         agent, message = _state(node.agent), ""
         if agent == "running":
             async with AgentClient(node.agent_socket) as client:

@@ -40,11 +40,14 @@ DEFAULT_POOL6 = "fd00:c111::/64"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A node; `agent_args` and `identity_args` are added to the services' command lines."""
+    """A node; `agent_args` and the like are added to the services' command lines. `xds`: it has
+    the xDS service, and with it Envoy."""
 
     name: str
     agent_args: tuple[str, ...] = ()
     identity_args: tuple[str, ...] = ()
+    xds: bool = False
+    xds_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,8 @@ class _Node(_Document):
     name: str = "node1"
     agent_args: list[str] = []
     identity_args: list[str] = []
+    xds: bool = False
+    xds_args: list[str] = []
 
     @field_validator("name")
     @classmethod
@@ -242,7 +247,13 @@ def _fault(source: str, tree: Any, loc: tuple[int | str, ...], message: str) -> 
 
 def _to_spec(document: _Lab, *, source: str, base: Path) -> LabSpec:
     nodes = tuple(
-        NodeSpec(name=n.name, agent_args=tuple(n.agent_args), identity_args=tuple(n.identity_args))
+        NodeSpec(
+            name=n.name,
+            agent_args=tuple(n.agent_args),
+            identity_args=tuple(n.identity_args),
+            xds=n.xds,
+            xds_args=tuple(n.xds_args),
+        )
         for n in document.nodes
     )
     known = {n.name for n in nodes}

@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeState:
-    """A node and its two services (None: not started yet)."""
+    """A node and its services (None: not started, or not wanted)."""
 
     name: str
     netns: str
@@ -36,8 +36,10 @@ class NodeState:
     ipv6: str
     agent: Process | None = None
     identity: Process | None = None
+    xds: Process | None = None
     agent_argv: tuple[str, ...] = ()
     identity_argv: tuple[str, ...] = ()
+    xds_argv: tuple[str, ...] = ()
 
     @property
     def agent_socket(self) -> str:
@@ -46,6 +48,14 @@ class NodeState:
     @property
     def identity_socket(self) -> str:
         return f"{self.run_dir}/identity.sock"
+
+    @property
+    def xds_socket(self) -> str:
+        return f"{self.run_dir}/xds.sock"
+
+    @property
+    def processes(self) -> tuple[Process | None, ...]:
+        return self.identity, self.xds, self.agent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +148,10 @@ def _from_json(value: dict[str, Any]) -> LabState:
                 **item,
                 "agent": _process(item["agent"]),
                 "identity": _process(item["identity"]),
+                "xds": _process(item.get("xds")),
                 "agent_argv": tuple(item["agent_argv"]),
                 "identity_argv": tuple(item["identity_argv"]),
+                "xds_argv": tuple(item.get("xds_argv", ())),
             }
         )
         for item in value["nodes"]

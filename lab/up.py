@@ -1,6 +1,6 @@
 """Making a lab: namespaces and wire, services, policies, endpoints, workloads; in this order.
 
-    wire ─▶ identity ─▶ agent ─▶ policies ─▶ endpoints ─▶ hosts files ─▶ processes ─▶ ports
+    wire ─▶ identity ─▶ xds ─▶ agent ─▶ policies ─▶ endpoints ─▶ hosts files ─▶ processes ─▶ ports
 
 Every step is in the state file before the next begins, and a failed `up` unmakes what it made.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cilia.errors import Kind
 from lab import host, process, state
-from lab.clients import AgentClient, identity_answers
+from lab.clients import AgentClient, identity_answers, xds_answers
 from lab.down import clear
 from lab.errors import LabError, LabExists
 from lab.names import Names, netns_path
@@ -49,6 +49,7 @@ class Services:
     """Command lines of a node's services."""
 
     identity: tuple[str, ...]
+    xds: tuple[str, ...]
     agent: tuple[str, ...]
 
 
@@ -58,6 +59,12 @@ def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
     common = ("--run-dir", str(run_dir), "--state-dir", str(state_dir))
     return Services(
         identity=(sys.executable, "-m", "services.identity", *common, *node.identity_args),
+        xds=(
+            sys.executable, "-m", "services.xds",
+            "--run-dir", str(run_dir),
+            "--secrets", str(run_dir / "certs"),
+            *node.xds_args,
+        ),
         agent=(
             sys.executable, "-m", "services.agent", *common,
             "--node-name", node.name,
@@ -215,7 +222,13 @@ async def _start_services(
     spec: LabSpec, node: NodeSpec, names: Names, lab: LabState, say: Say
 ) -> LabState:
     argv = services(spec, node, names)
-    lab = _with_node(lab, node.name, identity_argv=argv.identity, agent_argv=argv.agent)
+    lab = _with_node(
+        lab,
+        node.name,
+        identity_argv=argv.identity,
+        xds_argv=argv.xds if node.xds else (),
+        agent_argv=argv.agent,
+    )
     lab = start_service(lab, node.name, "identity")
     identity = lab.node(node.name).identity
     assert identity is not None
@@ -226,9 +239,20 @@ async def _start_services(
         process_=identity,
         log=names.log / f"{node.name}-identity.log",
     )
+    if node.xds:
+        lab = start_service(lab, node.name, "xds")
+        xds = lab.node(node.name).xds
+        assert xds is not None
+        await _until(
+            lambda: xds_answers(lab.node(node.name).xds_socket),
+            what="the xDS service",
+            last=lambda: "no answer",
+            process_=xds,
+            log=names.log / f"{node.name}-xds.log",
+        )
     lab = start_service(lab, node.name, "agent")
     await agent_ready(lab, node.name)
-    say(f"{node.name}: identity and agent answer")
+    say(f"{node.name}: identity{', xds' if node.xds else ''} and agent answer")
     return lab
 
 
@@ -256,10 +280,14 @@ async def agent_ready(lab: LabState, node: str) -> None:
 
 
 def start_service(lab: LabState, node: str, service: str) -> LabState:
-    """Start a node's `agent` or `identity` and record it; the state file is written before it runs
-    anything that matters: its cgroup knows it from the first instruction."""
+    """Start a node's `agent`, `identity` or `xds` and record it; the state file is written before
+    it runs anything that matters: its cgroup knows it from the first instruction."""
     item = lab.node(node)
-    argv = item.agent_argv if service == "agent" else item.identity_argv
+    argv = {
+        "agent": item.agent_argv,
+        "identity": item.identity_argv,
+        "xds": item.xds_argv,
+    }[service]
     started = process.spawn(
         f"{node}-{service}",
         argv,
@@ -270,11 +298,7 @@ def start_service(lab: LabState, node: str, service: str) -> LabState:
         env=environment(),
         log=Names(lab.name).log / f"{node}-{service}.log",
     )
-    lab = (
-        _with_node(lab, node, agent=started)
-        if service == "agent"
-        else _with_node(lab, node, identity=started)
-    )
+    lab = _with_node(lab, node, **{service: started})
     state.write(lab)
     return lab
 
