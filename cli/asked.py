@@ -5,9 +5,10 @@ With `--policies` nothing is asked of any service, and gRPC is not even imported
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Final, Literal
 
 from cilia.identity import HOST, reserved_labels
@@ -36,6 +37,7 @@ class Asked:
     inventory: Inventory
     mode: Mode
     live: bool
+    texts: Mapping[str, str] = field(default_factory=dict)  # of the documents' files, by name
 
     def scene(self) -> Scene:
         """An engine with all of it."""
@@ -60,11 +62,13 @@ def load(
                 code=Exit.USAGE,
                 hint="Its form is in docs/cli.md; without --policies the agent is asked for both.",
             )
+        sources = documents.read(policies)
         return Asked(
-            read_documents(policies, namespace),
+            _checked(sources, namespace),
             read_inventory(endpoints) if endpoints is not None else Inventory(),
             mode or "default",
             live=False,
+            texts={x.name: x.text.decode("utf-8-sig", "replace") for x in sources},
         )
     asked = _live(settings)
     if endpoints is not None:
@@ -77,7 +81,11 @@ def read_documents(paths: Sequence[str], namespace: str = "default") -> tuple[Do
 
     Raises CliError with every fault.
     """
-    checked = documents.check(documents.read(paths), default_namespace=namespace)
+    return _checked(documents.read(paths), namespace)
+
+
+def _checked(sources: Sequence[documents.Source], namespace: str) -> tuple[Document, ...]:
+    checked = documents.check(sources, default_namespace=namespace)
     if checked.faults:
         raise documents.invalid(checked.faults, changed_nothing=False)
     found: dict[object, Document] = {}
@@ -157,4 +165,20 @@ def _live(settings: Settings) -> Asked:
         ),
         host=reserved_labels(HOST),
     )
-    return Asked(stored, inventory, MODES.get(mode, "default"), live=True)
+    return Asked(stored, inventory, MODES.get(mode, "default"), live=True, texts=_files_of(stored))
+
+
+def _files_of(stored: Sequence[Document]) -> dict[str, str]:
+    """The files that stored documents were applied from, as far as they are here and unchanged."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(x.origin.source for x in stored):
+        try:
+            text = Path(name).read_bytes()
+        except (OSError, ValueError):
+            continue
+        mine = [x for x in stored if x.origin.source == name]
+        parsed = documents.check([documents.Source(name, text)], default_namespace="default")
+        here = {x.key: x for x in parsed.documents}
+        if all(x.key in here and here[x.key] == x for x in mine):
+            found[name] = text.decode("utf-8-sig", "replace")
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import click
 
 from cli.settings import LazyGroup
@@ -41,6 +44,21 @@ enforcement_option = click.option(
     type=click.Choice(["default", "always", "never"]),
     help="Enforcement mode.  [default: the agent's; of files: default]",
 )
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def request_options(command: F) -> F:
+    """--method, --path, --host and --header: an HTTP request to ask about."""
+    for option in (
+        click.option("--header", multiple=True, metavar="'NAME: VALUE'", help="Its headers."),
+        click.option("--host", default="", help="Its host."),
+        click.option("--path", default="", help="Its path."),
+        click.option("--method", default="", help="Ask about an HTTP request: its method."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(cls=LazyGroup, lazy=VERBS)

@@ -21,6 +21,7 @@ NOUNS = {
     "endpoint": ("cli.endpoint:endpoint", "Workloads under policy: list, add, delete, explain."),
     "identity": ("cli.identity:identity", "Identities and the labels that make them."),
     "policy": ("cli.policy:policy", "Apply, delete, validate and trace policies."),
+    "why": ("cli.why:why", "Why a connection is denied, and the smallest edit that allows it."),
     "bpf": ("cli.bpf:bpf", "What the kernel holds: policy, ct, ipcache, endpoint, metrics."),
     "monitor": ("cli.monitor:monitor", "Watch verdicts, drops and agent events as they happen."),
     "flows": ("cli.flows:flows", "Flows, live and past: observe, top, history, export, lost."),

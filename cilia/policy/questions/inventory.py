@@ -25,7 +25,6 @@ from cilia.identity import HOST, reserved_labels
 from cilia.labels import (
     CLUSTER_KEY,
     NAMESPACE_KEY,
-    NAMESPACE_LABELS_PREFIX,
     SOURCE_K8S,
     SOURCE_RESERVED,
     SOURCE_UNSPEC,
@@ -34,6 +33,7 @@ from cilia.labels import (
     Labels,
     parse_selector_key,
 )
+from cilia.labels import namespace_labels as space_labels
 from cilia.policy.api import MAX_PORT, PROTO_BY_NAME, Fault, Origin
 from cilia.policy.schema import INVALID, Checking, Choice, Int, ListOf, MapOf, Object, Text, shown
 from cilia.policy.tree import Node, TreeError, parse_text
@@ -41,7 +41,6 @@ from cilia.policy.tree import Node, TreeError, parse_text
 MAX_ENDPOINTS: Final = 100_000
 MAX_NAMESPACES: Final = 100_000
 DEFAULT_CLUSTER: Final = "default"
-_NAMESPACE_NAME: Final = "kubernetes.io/metadata.name"
 _NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?\Z")
 
 Address = IPv4Address | IPv6Address
@@ -54,6 +53,11 @@ class EndpointPort:
     name: str
     port: int
     proto: int
+
+
+def port_names(ports: Iterable[EndpointPort]) -> tuple[tuple[str, int, int], ...]:
+    """Those that have a name, as the engine takes them."""
+    return tuple(sorted({(x.name, x.port, x.proto) for x in ports if x.name}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +103,13 @@ def endpoint_labels(
     cluster: str = DEFAULT_CLUSTER,
 ) -> Labels:
     """An endpoint's own labels with those that its place gives it. Raises LabelError."""
-    place = {NAMESPACE_LABELS_PREFIX + _NAMESPACE_NAME: namespace, CLUSTER_KEY: cluster}
-    place |= {NAMESPACE_LABELS_PREFIX + k: v for k, v in (namespace_labels or {}).items()}
-    place[NAMESPACE_KEY] = namespace
     mine = list(given)
     keys = {x.key for x in mine}
-    return Labels([*mine, *(Label(SOURCE_K8S, k, v) for k, v in place.items() if k not in keys)])
+    place = (
+        Label(SOURCE_K8S, CLUSTER_KEY, cluster),
+        *space_labels(namespace, namespace_labels),
+    )
+    return Labels((*mine, *(x for x in place if x.key not in keys)))
 
 
 # ---- reading

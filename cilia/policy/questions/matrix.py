@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from cilia.policy.api import PROTO_ICMP, PROTO_ICMPV6, PROTO_NAMES, Network
 from cilia.policy.questions import ports
-from cilia.policy.questions.ports import PROTOCOLS, Condition
+from cilia.policy.questions.ports import PROTOCOLS, Pair
 from cilia.policy.questions.scene import CLOSED, WORLDS, Cell, Party, Scene
 from cilia.policy.questions.world import partition
 
@@ -30,7 +30,7 @@ class Row:
     dst: Name
     proto: int
     ranges: tuple[tuple[int, int], ...]
-    condition: Condition = None
+    condition: Pair | None = None
 
     def shape(self) -> dict[str, Any]:
         """``{src, dst, protocol, ports | types[, l7]}``, the documented form."""
@@ -50,9 +50,13 @@ def name_shape(name: Name) -> str | dict[str, str]:
     return name if isinstance(name, str) else {"cidr": str(name)}
 
 
-def condition_shape(condition: Condition) -> list[dict[str, Any]]:
+def condition_shape(condition: Pair) -> list[dict[str, Any]]:
     """The L7 rules of each end that has some; a request must pass all of them."""
-    raise NotImplementedError(condition)
+    return [
+        {"direction": direction, **found.shape()}
+        for direction, found in zip(("egress", "ingress"), condition, strict=True)
+        if found is not None
+    ]
 
 
 class Matrix:
@@ -132,7 +136,7 @@ class Matrix:
 
     def rows(self) -> Iterator[Row]:
         """Every row, sorted by source, destination and protocol."""
-        tails: dict[int, list[tuple[int, tuple[tuple[int, int], ...], Condition]]] = {}
+        tails: dict[int, list[tuple[int, tuple[tuple[int, int], ...], Pair | None]]] = {}
         for src, dst in sorted(self.cells, key=lambda x: (_order(x[0]), _order(x[1]))):
             cell = self.cells[src, dst]
             found = tails.get(id(cell))
@@ -142,9 +146,9 @@ class Matrix:
                 yield Row(src, dst, proto, ranges, condition)
 
 
-def _tails(cell: Cell) -> Iterator[tuple[int, tuple[tuple[int, int], ...], Condition]]:
+def _tails(cell: Cell) -> Iterator[tuple[int, tuple[tuple[int, int], ...], Pair | None]]:
     for proto, ranges in zip(PROTOCOLS, cell, strict=True):
-        by_condition: dict[Condition, list[tuple[int, int]]] = {}
+        by_condition: dict[Pair | None, list[tuple[int, int]]] = {}
         for first, last, condition in ranges:
             by_condition.setdefault(condition, []).append((first, last))
         plain = by_condition.pop(None, None)

@@ -6,8 +6,8 @@ A range's value says under which condition: `None`, or the L7 rules that every r
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Hashable, Iterable
+from typing import Final, TypeVar
 
 from cilia.policy.api import (
     MAX_PORT,
@@ -18,14 +18,17 @@ from cilia.policy.api import (
     PROTO_UDP,
 )
 from cilia.policy.mapstate import PLEN_ANY, PLEN_PROTO, Block, L4Key
+from cilia.policy.questions.conditions import Condition, condition_of
 
 MAX_TYPE: Final = 255
 PROTOCOLS: Final = (PROTO_TCP, PROTO_UDP, PROTO_SCTP, PROTO_ICMP, PROTO_ICMPV6)
 _ICMP: Final = (PROTO_ICMP, PROTO_ICMPV6)
 
-Condition = object  # hashable; None: none
-Range = tuple[int, int, Condition]
-Ranges = tuple[Range, ...]
+# The L7 rules of the source's egress and of the destination's ingress.
+Pair = tuple[Condition | None, Condition | None]
+C = TypeVar("C", bound=Hashable)
+Side = tuple[tuple[int, int, Condition | None], ...]  # what one end allows
+Ranges = tuple[tuple[int, int, Pair | None], ...]  # what both ends allow
 
 
 def bounds(proto: int) -> tuple[int, int]:
@@ -37,13 +40,13 @@ def bounds(proto: int) -> tuple[int, int]:
     return (0, MAX_TYPE) if proto in _ICMP else (1, MAX_PORT)
 
 
-def allowed(mine: Block, everyone: Block, egress: bool, proto: int) -> Ranges:
+def allowed(mine: Block, everyone: Block, egress: bool, proto: int) -> Side:
     """What the rows of one peer and of everyone together allow, as the kernel looks them up.
 
     A deny row wins; else the longest L4 prefix; on equal length the row of the peer.
     """
     low, high = bounds(proto)
-    allows: list[tuple[int, int, int, int, Condition]] = []
+    allows: list[tuple[int, int, int, int, Condition | None]] = []
     denies: list[tuple[int, int]] = []
     cuts = {low, high + 1}
     for owner, block in ((0, everyone), (1, mine)):
@@ -58,23 +61,24 @@ def allowed(mine: Block, everyone: Block, egress: bool, proto: int) -> Ranges:
             if entry.deny:
                 denies.append((first, last))
             else:
-                condition: Condition = getattr(entry, "l7", None)
-                allows.append((key.plen, owner, first, last, condition))
+                allows.append((key.plen, owner, first, last, condition_of(entry)))
     if not allows:
         return ()
     edges = sorted(cuts)
-    nothing = object()
-    painted: list[object] = [nothing] * (len(edges) - 1)
+    # Longer prefixes are painted over shorter ones, denials over all.
+    painted: list[tuple[Condition | None] | None] = [None] * (len(edges) - 1)
     allows.sort(key=lambda x: x[:2])
-    strokes: list[tuple[int, int, object]] = [(x[2], x[3], x[4]) for x in allows]
-    strokes += [(first, last, nothing) for first, last in denies]
+    strokes: list[tuple[int, int, tuple[Condition | None] | None]] = [
+        (first, last, (condition,)) for _, _, first, last, condition in allows
+    ]
+    strokes += [(first, last, None) for first, last in denies]
     for first, last, value in strokes:
         i, j = bisect_left(edges, first), bisect_left(edges, last + 1)
         painted[i:j] = [value] * (j - i)
     return joined(
-        (edges[i], edges[i + 1] - 1, value)
+        (edges[i], edges[i + 1] - 1, value[0])
         for i, value in enumerate(painted)
-        if value is not nothing
+        if value is not None
     )
 
 
@@ -85,9 +89,9 @@ def span(key: L4Key) -> tuple[int, int]:
     return key.port, key.port | (MAX_PORT >> (key.plen - PLEN_PROTO))
 
 
-def joined(ranges: Iterable[Range]) -> Ranges:
+def joined(ranges: Iterable[tuple[int, int, C]]) -> tuple[tuple[int, int, C], ...]:
     """Neighbours of equal condition as one; the ranges come in order."""
-    found: list[Range] = []
+    found: list[tuple[int, int, C]] = []
     for first, last, condition in ranges:
         if found and found[-1][1] + 1 == first and found[-1][2] == condition:
             found[-1] = (found[-1][0], last, condition)
@@ -96,9 +100,9 @@ def joined(ranges: Iterable[Range]) -> Ranges:
     return tuple(found)
 
 
-def both(one: Ranges, other: Ranges) -> Ranges:
+def both(one: Side, other: Side) -> Ranges:
     """What both allow; the condition is the pair of theirs, None when neither has one."""
-    found: list[Range] = []
+    found: list[tuple[int, int, Pair | None]] = []
     i = j = 0
     while i < len(one) and j < len(other):
         first, last = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
@@ -112,9 +116,11 @@ def both(one: Ranges, other: Ranges) -> Ranges:
     return joined(found)
 
 
-def less(one: Ranges, other: Ranges) -> Ranges:
+def less(
+    one: tuple[tuple[int, int, C], ...], other: tuple[tuple[int, int, C], ...]
+) -> tuple[tuple[int, int, C], ...]:
     """Where `one` allows and `other` does not, or not under the same condition."""
-    found: list[Range] = []
+    found: list[tuple[int, int, C]] = []
     for first, last, condition in one:
         at = first
         for start, end, theirs in other:

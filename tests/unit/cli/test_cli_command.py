@@ -192,6 +192,112 @@ def test_offline_matrix(tmp_path: Path) -> None:
     assert re.search(r"^default/front +default/web +TCP +80$", table, re.MULTILINE)
 
 
+def files(tmp_path: Path) -> list[str]:
+    (tmp_path / "p.yaml").write_text(POLICY)
+    (tmp_path / "e.yaml").write_text(ENDPOINTS)
+    return ["--policies", f"{tmp_path}/p.yaml", "--endpoints", f"{tmp_path}/e.yaml"]
+
+
+def test_why_names_the_rule_and_an_edit_that_works(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    denied = run("why", "x", "web", "--dport", "80/tcp", *given, "-o", "json")
+    assert denied.exit_code == Exit.FAILED, denied.output
+    shape = json.loads(denied.stdout)
+    (denial,) = shape["denials"]
+    assert denial["direction"] == "ingress"
+    assert denial["default_deny"][0]["line"] == 6
+    assert denial["near_misses"][0]["rule"]["path"] == "spec.ingress[0]"
+    assert shape["edit"]["steps"][0]["file"] == f"{tmp_path}/p.yaml"
+    assert "+" in shape["edit"]["patch"]
+    people = run("why", "x", "web", "--dport", "80/tcp", *given)
+    assert "DENIED" in people.stdout
+    assert "p.yaml:6" in people.stdout
+    edited = run("why", "x", "web", "--dport", "80/tcp", *given, "-o", "yaml")
+    assert edited.exit_code == Exit.FAILED
+    (tmp_path / "p.yaml").write_text(edited.stdout)
+    assert run("why", "x", "web", "--dport", "80/tcp", *given).exit_code == Exit.OK
+    assert run("why", "x", "web", "--dport", "81/tcp", *given).exit_code == Exit.FAILED
+
+
+def test_why_writes_the_edit_into_the_file_itself(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    policy = tmp_path / "p.yaml"
+    policy.write_text(f"# kept\n{POLICY}---\n{POLICY.replace('rule1', 'rule2')}")
+    result = run("why", "x", "web", "-p", "80", *given, "--write-edit", str(policy))
+    assert result.exit_code == Exit.FAILED
+    assert policy.read_text().startswith("# kept\n")
+    assert policy.read_text().count("kind:") == 2
+    assert run("why", "x", "web", "-p", "80", *given).exit_code == Exit.OK
+
+
+EVENT = {
+    "type": "drop",
+    "verdict": "DENIED",
+    "protocol": "TCP",
+    "icmp": None,
+    "reply": False,
+    "source": {
+        "address": "10.0.0.9",
+        "port": 1234,
+        "labels": ["k8s:app=stranger", "k8s:io.kubernetes.pod.namespace=default"],
+        "name": "default/stranger",
+    },
+    "destination": {
+        "address": "10.0.0.1",
+        "port": 80,
+        "labels": ["k8s:app=web", "k8s:io.kubernetes.pod.namespace=default"],
+        "name": None,
+    },
+}
+FLOW = {
+    "flow": {
+        "verdict": "DROPPED",
+        "IP": {"source": "192.0.2.1", "destination": "10.0.0.1"},
+        "l4": {"TCP": {"source_port": 1, "destination_port": 80}},
+        "source": {"identity": 2, "labels": ["reserved:world"]},
+        "destination": {
+            "labels": ["k8s:app=web", "k8s:io.kubernetes.pod.namespace=default"],
+            "namespace": "default",
+            "pod_name": "web",
+        },
+    }
+}
+
+
+@pytest.mark.parametrize(("flow", "source"), [(EVENT, "default/stranger"), (FLOW, "192.0.2.1")])
+def test_why_reads_flows(tmp_path: Path, flow: dict[str, object], source: str) -> None:
+    given = files(tmp_path)[:2]
+    text = json.dumps(flow)
+    for result in (
+        run("why", text, *given, "-o", "json"),
+        run("why", *given, "-o", "json", stdin=text),
+    ):
+        assert result.exit_code == Exit.FAILED, result.output
+        shape = json.loads(result.stdout)
+        assert shape["source"] == source
+        assert shape["what"] == "80/TCP"
+        assert shape["edit"]["steps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["one"], Exit.USAGE, "one word is no question"),
+        (["a", "b", "c"], Exit.USAGE, "give one flow"),
+        (["{"], Exit.INVALID, "not JSON"),
+        (["{}"], Exit.INVALID, "no source"),
+        (["nobody", "web"], Exit.NOT_FOUND, "no endpoint 'nobody'"),
+        (["x", "web", "-p", "x"], Exit.INVALID, "not a port"),
+        (["x", "web", "-p", "1/x"], Exit.INVALID, "unknown protocol"),
+        (["x", "web", "-p", "80", "--header", "x"], Exit.INVALID, "not a header"),
+    ],
+)
+def test_why_says_what_is_wrong(tmp_path: Path, words: list[str], code: Exit, message: str) -> None:
+    result = run("why", *words, *files(tmp_path))
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+
+
 def test_matrix_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(POLICY)
     (tmp_path / "bad.yaml").write_text("[{name: a, ips: [nowhere]}]")
