@@ -22,6 +22,14 @@ MAX_FAULTS: Final = 200
 
 
 @dataclass(slots=True)
+class Work:
+    """What the checks of one text may still cost, beyond reading it: a text is bounded in bytes,
+    but a short regular expression may be a large program."""
+
+    programs: int = 2_000_000  # instructions of regular expressions, about a second
+
+
+@dataclass(slots=True)
 class Checking:
     """The state of checking one document."""
 
@@ -33,6 +41,7 @@ class Checking:
     known_origins: Mapping[str, Origin] | None = (
         None  # of a stored document, which has no places itself
     )
+    work: Work = field(default_factory=Work)
 
     def place(self, path: str, node: Node) -> Origin:
         if self.known_origins is not None:

@@ -118,8 +118,12 @@ class PolicyDocuments:
         faults: list[Fault] = []
         warnings: list[Fault] = []
         for source in sources:
-            result = parse_documents(
-                source.text, source=source.name, default_namespace=default_namespace or "default"
+            # Reading a large text must not hold the loop.
+            result = await asyncio.to_thread(
+                parse_documents,
+                source.text,
+                source=source.name,
+                default_namespace=default_namespace or "default",
             )
             faults += result.faults
             warnings += result.warnings

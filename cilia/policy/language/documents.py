@@ -29,6 +29,7 @@ from cilia.policy.schema import (
     MapOf,
     Object,
     Text,
+    Work,
     shown,
     suggestion,
 )
@@ -107,6 +108,7 @@ class _Reader:
         self.warnings: list[Fault] = []
         self.names: dict[DocumentKey, Origin] = {}
         self.count = 0
+        self.work = Work()
 
     def add(self, node: Node) -> None:
         self.count += 1
@@ -167,7 +169,7 @@ class _Reader:
             hint = suggestion(str(kind.value), list(Kind))
             self.fault(title, "kind", f"{shown(kind.value)} is not a known kind{hint}", kind)
             return None
-        c = Checking(self.source, title)
+        c = Checking(self.source, title, work=self.work)
         at = node.value.get("metadata")
         metadata = {} if at is None or at.value is None else METADATA.check(at, "metadata", c)
         namespace: str | None = None
@@ -211,7 +213,7 @@ class _Reader:
     ) -> Document | None:
         if name != "?":
             title = str(DocumentKey(kind, namespace or "", name))
-        c = Checking(self.source, title)
+        c = Checking(self.source, title, work=self.work)
         rules = _rules(node, kind, namespace, c)
         audit = _audit(node, c)
         self.faults += c.faults

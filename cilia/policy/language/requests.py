@@ -24,6 +24,10 @@ from cilia.policy.tree import Node
 
 MAX_L7_RULES: Final = 1000  # in one list
 MAX_REGEX: Final = 4096  # characters
+MAX_PROGRAM_SIZE: Final = 1000  # instructions of a regular expression, as our Envoys are told
+_MAX_MEMORY: Final = 256 << 10  # bytes to compile one with
+_OF_TOO_LARGE: Final = 4 * MAX_PROGRAM_SIZE  # instructions that one given up on is counted for
+_TOO_LARGE: Final = f"is too large: it compiles to more than {MAX_PROGRAM_SIZE} instructions"
 MAX_HEADERS: Final = 256
 # Names of Kafka's requests by their number, of which those that a client sends are here.
 KAFKA_API_KEYS: Final = (
@@ -68,22 +72,44 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 @lru_cache(maxsize=4096)
-def _regex_fault(text: str) -> str | None:
+def _program(text: str) -> tuple[int, str]:
+    """The instructions that an expression compiles to, and why it cannot be taken, if so."""
     import re2  # slow to import, and only L7 rules have regular expressions
 
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _MAX_MEMORY  # so that none takes longer than a few milliseconds
     try:
-        re2.compile(text)
+        size = int(re2.compile(text, options).programsize)
     except re2.error as error:
         reason = error.args[0] if error.args else "syntax error"
-        return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-    return None
+        if isinstance(reason, bytes):
+            reason = reason.decode(errors="replace")
+        if "too large" in str(reason):
+            return _OF_TOO_LARGE, _TOO_LARGE
+        return len(text), f"is not an RE2 regular expression: {reason}"
+    return size, _TOO_LARGE if size > MAX_PROGRAM_SIZE else ""
 
 
-def _regex(text: str) -> str:
-    reason = _regex_fault(text)
-    if reason is not None:
-        raise ValueError(f"{shown(text)} is not an RE2 regular expression: {reason}")
-    return text
+class _Regex:
+    model: Final = Text(max_length=MAX_REGEX)
+
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        text = self.model.check(node, path, c)
+        if text is INVALID:
+            return INVALID
+        if _CONTROL.search(text):
+            c.fault(path, node, "holds a control character, which no request has there")
+            return INVALID
+        if c.work.programs <= 0:
+            c.fault(path, node, "the regular expressions of all documents together are too large")
+            return INVALID
+        size, wrong = _program(text)
+        c.work.programs -= size
+        if wrong:
+            c.fault(path, node, f"{shown(text)} {wrong}")
+            return INVALID
+        return text
 
 
 # ---- secrets and TLS
@@ -236,9 +262,9 @@ _HEADER_MATCH: Final = Object(
 )
 _HTTP: Final = Object(
     {
-        "path": Text(_regex, max_length=MAX_REGEX),
-        "method": Text(_regex, max_length=MAX_REGEX),
-        "host": Text(_regex, max_length=MAX_REGEX),
+        "path": _Regex(),
+        "method": _Regex(),
+        "host": _Regex(),
         "headers": ListOf(Text(_header, max_length=8192), MAX_HEADERS),
         "headerMatches": ListOf(_HEADER_MATCH, MAX_HEADERS),
     },

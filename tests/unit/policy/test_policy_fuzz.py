@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,41 @@ spec:
   egressDeny:
   - toEntities: [world]
     icmps: [{fields: [{type: 8}]}]
+"""
+
+
+REQUESTS = """\
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: p, annotations: {cilia.io/audit: "true"}}
+specs:
+- endpointSelector: {}
+  egress:
+  - toFQDNs: [{matchPattern: "*.a.b"}]
+    toPorts:
+    - ports: [{port: "80", protocol: TCP}]
+      rules:
+        http: [{method: GET, path: "/a[^/]*", headerMatches: [{name: X, mismatch: LOG}]}]
+      terminatingTLS: {secret: {namespace: n, name: s}, privateKey: k}
+      serverNames: [a.b]
+  - toServices: [{k8sService: {serviceName: s}}]
+    toPorts: [{ports: [{port: web, protocol: TCP}], rules: {l7proto: x, l7: [{a: b}]}}]
+  - toPorts: [{ports: [{port: "53"}], rules: {dns: [{matchName: a.b}]}}]
+- nodeSelector: {matchLabels: {a: b}}
+  ingressDeny: [{fromEntities: [world], toPorts: [{ports: [{port: ssh}]}]}]
+"""
+KUBERNETES = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: p, namespace: x}
+spec:
+  podSelector: {matchLabels: {app: a}}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - from: [{podSelector: {}, namespaceSelector: {matchLabels: {a: b}}}]
+    ports: [{port: 80, endPort: 90}, {port: web, protocol: UDP}]
+  egress:
+  - to: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}}]
 """
 
 
@@ -63,9 +99,27 @@ def test_yaml_indicators(text: str) -> None:
 
 
 @fuzz
-@given(st.integers(0, len(GOOD)), st.integers(0, 12), st.text(max_size=6))
-def test_a_good_document_damaged(at: int, cut: int, put: str) -> None:
-    check(GOOD[:at] + put + GOOD[at + cut :])
+@given(
+    st.sampled_from([GOOD, REQUESTS, KUBERNETES]),
+    st.floats(0, 1),
+    st.integers(0, 12),
+    st.text(max_size=6),
+)
+def test_a_good_document_damaged(text: str, part: float, cut: int, put: str) -> None:
+    at = int(part * len(text))
+    check(text[:at] + put + text[at + cut :])
+
+
+@fuzz
+@given(
+    st.sampled_from([GOOD, REQUESTS, KUBERNETES]),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=3),
+)
+def test_lines_of_a_good_document_moved(text: str, moves: list[tuple[int, int]]) -> None:
+    lines = text.splitlines()
+    for source, target in moves:
+        lines.insert(target % len(lines), lines.pop(source % len(lines)))
+    check("\n".join(lines))
 
 
 FIELDS = [
@@ -121,6 +175,9 @@ FIELDS = [
     "authentication",
     "mode",
     "status",
+    *["podSelector", "policyTypes", "from", "to", "namespaceSelector", "ipBlock"],
+    *["headers", "headerMatches", "path", "mismatch", "secret", "terminatingTLS", "serverNames"],
+    *["listener", "k8sService", "serviceName", "annotations", "cilia.io/audit"],
 ]
 words = st.sampled_from(
     [
@@ -129,6 +186,9 @@ words = st.sampled_from(
             "CiliumNetworkPolicy",
             "CiliumClusterwideNetworkPolicy",
             "Rules",
+            "NetworkPolicy",
+            "networking.k8s.io/v1",
+            "Ingress",
             "List",
             "In",
         ],
@@ -175,6 +235,8 @@ def test_json_of_the_language(value: object) -> None:
 )
 def test_rules_of_the_language(rule: dict[str, object], kind: str) -> None:
     body = {"apiVersion": "cilium.io/v2", "kind": kind, "metadata": {"name": "p"}}
+    kubernetes = {**body, "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+    check(json.dumps({**kubernetes, "spec": {"podSelector": {}, **rule}}))
     check(json.dumps({**body, "spec": {"endpointSelector": {}, **rule}}))
     check(json.dumps([{"endpointSelector": {}, **rule}]))
 
@@ -228,13 +290,55 @@ def test_bombs(text: str | bytes, message: str) -> None:
     assert re.search(message, result.faults[0].message)
 
 
+@pytest.mark.parametrize("text", [BOMB, "[" * 100_000, "- [" * 40 + "a: " * 50_000], ids=len)
+def test_memory_is_bounded(text: str) -> None:
+    tracemalloc.start()
+    try:
+        parse_documents(text, source="bomb")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+
+
 def test_depth_that_is_allowed() -> None:
     nested = "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)
     result = parse_documents(nested, source="deep")
     assert "must be a mapping" in result.faults[0].message
 
 
+@pytest.mark.parametrize("expression", ["a{N}", "[[:word:]]{N}", "(?i)\\pL{N}", "\\pL{N}(.{N})"])
+def test_regular_expressions_are_bounded_together(expression: str) -> None:
+    """Each is small as text; as programs they would take minutes."""
+    texts = [expression.replace("N", str(n)) for n in range(1000, 500, -1)]
+    rules = [{"path": x + "b" * n} for x in texts for n in range(12)]
+    ports = [{"port": "80", "protocol": "TCP"}]
+    entry = {"toPorts": [{"ports": ports, "rules": {"http": rules[i : i + 1000]}}
+                         for i in range(0, len(rules), 1000)]}  # fmt: skip
+    text = json.dumps([{"endpointSelector": {}, "ingress": [entry]}])
+    began = time.process_time()
+    result = parse_documents(text, source="regexes")
+    assert time.process_time() - began < 8
+    assert "too large" in result.faults[-1].message
+
+
 def test_ten_thousand_faults_are_reported_in_bounded_number() -> None:
     rules = ",".join(['{"endpointSelector":{"x":1}}'] * 5000)
     result = parse_documents(f"[{rules}]", source="many")
     assert 0 < len(result.faults) <= 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@settings(max_examples=10 * EXAMPLES, deadline=None)
+@given(
+    st.sampled_from([GOOD, REQUESTS, KUBERNETES]),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 30), st.text(max_size=8)), min_size=1, max_size=6
+    ),
+)
+def test_good_documents_damaged_for_long(text: str, damage: list[tuple[float, int, str]]) -> None:
+    for part, cut, put in damage:
+        at = int(part * len(text))
+        text = text[:at] + put + text[at + cut :]
+    check(text)

@@ -155,6 +155,24 @@ EGRESS = "  egress:\n  - "
             "RE2",
         ),
         (
+            INGRESS + 'toPorts: [{ports: [{port: "80", protocol: TCP}], '
+            'rules: {http: [{host: ".{900}"}]}}]',
+            "host",
+            "more than 1000 instructions",
+        ),
+        (
+            INGRESS + 'toPorts: [{ports: [{port: "80", protocol: TCP}], '
+            'rules: {http: [{method: "(a{1000}){1000}"}]}}]',
+            "method",
+            "RE2",
+        ),
+        (
+            INGRESS + 'toPorts: [{ports: [{port: "80", protocol: TCP}], '
+            'rules: {http: [{path: "a\\nb"}]}}]',
+            "path",
+            "control character",
+        ),
+        (
             INGRESS
             + 'toPorts: [{ports: [{port: "80", protocol: TCP}], rules: {http: [], kafka: []}}]',
             "rules",
