@@ -157,7 +157,6 @@ def _with_routes(listener: listener_pb2.Listener, routes: object) -> listener_pb
             denied_body="100% no <b>ünwanted</b>",
             ingress_sources=("10.0.0.1", "fd00::1"),
             egress_sources=("fd00::1",),
-            listener_mark=0xE00,
             retries=0,
             request_timeout_s=0,
             escaped_slashes="keep",

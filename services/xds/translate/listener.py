@@ -38,11 +38,12 @@ def listener(redirect: Redirect, settings: NodeSettings) -> listener_pb2.Listene
         address.socket_address.address = host
         address.socket_address.port_value = redirect.port
     result.transparent.value = True
+    # One socket for all workers: before Linux 6.6 the datapath can deliver to no shared port.
+    result.enable_reuse_port.value = False
     result.per_connection_buffer_limit_bytes.value = settings.buffer_limit_bytes
     result.traffic_direction = 2 if redirect.direction is Direction.EGRESS else 1
     result.socket_options.extend(keepalive_options(settings.keepalive_s))
-    if settings.listener_mark:
-        result.socket_options.append(mark_option(settings.listener_mark))
+    result.socket_options.append(mark_option(settings.mark(redirect.direction)))
     result.metadata.filter_metadata[_METADATA]["port"] = str(redirect.port)
     result.listener_filters.add(
         name="original_dst", typed_config=packed(original_dst_pb2.OriginalDst())

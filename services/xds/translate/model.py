@@ -93,9 +93,8 @@ class NodeSettings:
     """Loopback only: TPROXY brings the packets there, and nothing else can."""
     ingress_mark: int = 0xA00
     egress_mark: int = 0xB00
-    """SO_MARK of connections that Envoy makes: "from the proxy", as the datapath knows it."""
-    listener_mark: int = 0
-    """SO_MARK of what Envoy answers its clients; 0: none."""
+    """SO_MARK of all of Envoy's sockets, listeners too: "from the proxy". The datapath hands a
+    connection to no socket without it."""
     ingress_sources: tuple[str, ...] = ()
     egress_sources: tuple[str, ...] = ()
     """Addresses, one a family, from which Envoy connects; empty: as the route says."""
