@@ -2,9 +2,9 @@
 
 Traffic of endpoints goes on without an agent, for programs, maps and interfaces are the kernel's.
 This takes them away: filters and links, endpoint interfaces with their routes and neighbours, the
-router pair, pinned maps, the bpffs if it is one of our own mounts, the socket, and on request the
-agent's records. What is absent is passed over, so it may be repeated; what cannot be removed is
-reported, and the rest is removed all the same.
+router pair, the table and rules that lead to the L7 proxy, pinned maps, the bpffs if it is one of
+our own mounts, the socket, and on request the agent's records. What is absent is passed over, so it
+may be repeated; what cannot be removed is reported, and the rest is removed all the same.
 
 Works in the network namespace of the caller. The identity service's store is not an agent's: it
 stays.
@@ -21,9 +21,12 @@ from typing import Final
 
 from cilia import statefile
 from cilia.bpf.attach import detach_tc, list_attached
+from cilia.bpf.constants import MARK_TO_PROXY
 from cilia.errors import DomainError, Kind
+from cilia.net import nft, tproxy
 from cilia.net.device import ROUTE_PROTOCOL, Network
 from cilia.net.mount import is_bpffs, umount_bpffs
+from cilia.net.rtnl import RouteSocket
 
 HOST_DEVICE: Final = "cilia_host"
 _ENDPOINT_LINK: Final = re.compile(r"cil\d{5}\Z")
@@ -41,7 +44,7 @@ class AgentRunning(DomainError):
 class Trace:
     """One thing of ours on this host. `error` says why it was not removed; empty: it was."""
 
-    kind: str  # filter, interface, route, map, program, mount, socket, state
+    kind: str  # filter, interface, route, rule, table, map, program, mount, socket, state
     name: str
     error: str = ""
 
@@ -94,6 +97,7 @@ def _plan(
         yield from _filters(host, pins / "links")
         yield from _interfaces(host)
         yield from _routes(host)
+    yield from _redirect()
     yield from _pins(pins)
     if is_bpffs(root):
         if bpffs is None and root.is_mount():
@@ -148,6 +152,17 @@ def _routes(host: Network) -> Iterator[tuple[Trace, Callable[[], object]]]:
                 Trace("route", str(route.destination)),
                 lambda to=route.destination: host.delete_route(to),  # type: ignore[misc]  # bound now
             )
+
+
+def _redirect() -> Iterator[tuple[Trace, Callable[[], object]]]:
+    with RouteSocket() as host:
+        if tproxy.any_routing(host):
+            yield (
+                Trace("rule", f"fwmark {MARK_TO_PROXY:#x}, table {tproxy.ROUTE_TABLE}"),
+                lambda: tproxy.delete_routing(host),
+            )
+    if nft.available() and tproxy.read_table() is not None:
+        yield Trace("table", f"{tproxy.FAMILY} {tproxy.TABLE}"), tproxy.delete_table
 
 
 def _pins(pins: Path) -> Iterator[tuple[Trace, Callable[[], object]]]:

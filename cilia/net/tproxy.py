@@ -160,6 +160,11 @@ def missing_routing(host: RouteSocket) -> list[str]:
     return missing
 
 
+def any_routing(host: RouteSocket) -> bool:
+    """Whether anything of rules and routes is there. Raises NetworkError."""
+    return any(_has_rule(host, f) or _has_route(host, f) for f in _families(host))
+
+
 def ensure_routing(host: RouteSocket) -> None:
     """Rules and routes of both families. Raises NetworkError."""
     for family in _families(host):
@@ -274,3 +279,62 @@ def _change_route(host: RouteSocket, family: int, kind: int) -> None:
         raise NetworkError(
             f"cannot change the local route of table {ROUTE_TABLE}: lo is down", error.errno
         ) from error
+
+
+# ---- changes by others
+
+_SOL_NETLINK: Final = 270
+_NETLINK_ADD_MEMBERSHIP: Final = 1
+_NETLINK_NETFILTER: Final = 12
+_NFNLGRP_NFTABLES: Final = 7
+_RTNLGRP: Final = (7, 8, 11, 19)  # IPv4 routes and rules, IPv6 routes and rules
+_DRAIN: Final = 4096
+
+
+class Watcher:
+    """Tells of changes of nftables, rules and routes, by whomever. Not what changed: look again."""
+
+    def __init__(self) -> None:
+        """Raises NetworkError."""
+        self._sockets: list[socket.socket] = []
+        try:
+            for protocol, groups in (
+                (_NETLINK_NETFILTER, (_NFNLGRP_NFTABLES,)),
+                (socket.NETLINK_ROUTE, _RTNLGRP),
+            ):
+                kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+                watcher = socket.socket(socket.AF_NETLINK, kind, protocol)
+                self._sockets.append(watcher)
+                watcher.bind((0, 0))
+                for group in groups:
+                    watcher.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        except OSError as error:
+            self.close()
+            raise NetworkError(
+                "cannot watch nftables and rules", error.errno or errno.EIO
+            ) from error
+
+    @property
+    def table(self) -> socket.socket:
+        return self._sockets[0]
+
+    @property
+    def routing(self) -> socket.socket:
+        return self._sockets[1]
+
+    @staticmethod
+    def drain(watcher: socket.socket) -> None:
+        """Take all that was said; that some of it was lost is no matter."""
+        for _ in range(_DRAIN):
+            try:
+                watcher.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+
+    def close(self) -> None:
+        """May be repeated."""
+        for watcher in self._sockets:
+            watcher.close()

@@ -14,6 +14,8 @@
    │  Calculation (PolicyEngine, CidrIdentities, Slots)            pure                │
    │    ─▶ policymap ─▶ ipcache ─▶ announce ─▶ endpointmap ─▶ epoch ─▶ freed slots     │
    └──────────────────────────────────────────────────────────────────────────────────┘
+        │        │ what needs a proxy               ▲ ports that enforce it
+        │        └─▶ Proxy (Redirects) ─▶ xds ──────┘   nft table, rules, cilia_proxy_pair
         │ what the programs write
    cilia_events ─▶ Monitor ─▶ subscribers          Conntrack: GC, purge before an address is reused
 
@@ -67,6 +69,7 @@ from services.agent.monitor import Decoder, Monitor
 from services.agent.notifications import Notifier
 from services.agent.policydocs import PolicyDocuments
 from services.agent.policystate import PolicyStateFile
+from services.agent.proxy import ENFORCED, Proxy
 from services.agent.reconcilers.attach import AttachReconciler
 from services.agent.reconcilers.device import DeviceReconciler
 from services.agent.reconcilers.link import LinkReconciler
@@ -77,6 +80,7 @@ from services.agent.rows import AttachRow, LinkRow
 from services.agent.session import Announcer, Session, Watch
 from services.agent.status import Status
 from services.agent.wiring import Wiring
+from services.agent.xdsclient import XdsClient
 
 log = structlog.get_logger()
 
@@ -130,6 +134,23 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     session = Session(client, lease_ttl_s=config.lease_ttl_s, on_new_lease=on_new_lease)
     announcer = Announcer(client, endpoints, session, node=config.node)
 
+    # ---- the proxy of L7 rules
+    def policy_text(rule_id: int) -> str:
+        try:
+            return str(calculation.engine.rule(rule_id))
+        except KeyError:
+            return ""  # the implicit allow of the local host, or of a document that is gone
+
+    routers = (config.pool4.network_address + 1, config.pool6.network_address + 1)
+    proxy = Proxy(
+        datapath,
+        XdsClient(config.xds_socket_path, node=config.node, addresses=[str(a) for a in routers]),
+        directory=config.agent_dir,
+        ports=range(config.proxy_port_min, config.proxy_port_max + 1),
+        release_delay_s=config.proxy_release_delay_s,
+        policy_text=policy_text,
+    )
+
     # ---- the calculation and what it feeds
     cidrs = CidrIdentities(
         config.agent_dir / "cidr-identities.json", release_delay_s=config.cidr_release_delay_s
@@ -141,7 +162,9 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         cluster=config.cluster,
         slots=config.map_sizes.policy_slots,
         cidrs=cidrs,
-        router=(config.pool4.network_address + 1, config.pool6.network_address + 1),
+        router=routers,
+        ports=proxy.redirects.port,
+        enforcers=ENFORCED,
     )
 
     async def announce() -> None:
@@ -158,10 +181,18 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         announce=announce,
         node_labels=node_labels(config.node_labels),
         before_node=HostConnections(datapath, config.conntrack).enter,
+        settle_proxies=proxy.settle,
         policy_limit=config.map_sizes.policy,
     )
     regenerate = Controller("regenerate", regeneration.flush, retry_s=0.5, retry_max_s=10.0)
     regeneration.trigger_by(regenerate.trigger)
+
+    def on_proxies_moved(digests: frozenset[str]) -> None:
+        calculation.proxies_changed(digests)
+        regenerate.trigger()
+
+    proxy.on_moved(on_proxies_moved)
+    proxy.trigger_by(lambda: controllers.trigger("proxy-routing"))
     policy_known = asyncio.Condition()
     policy_changed = asyncio.Event()
 
@@ -245,6 +276,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                 kept = statefile.set_aside(cidrs_path)
                 problems.append(f"{error.message}; it was kept as {kept}")
             saved.load_into(view)
+            problems.extend(proxy.load())
 
         await datapath.run(load)
         problems.extend(saved.damaged)
@@ -315,6 +347,9 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("identity-references", settle_references, retry_s=1.0, resync_s=300.0),
         Controller("announcements", push_announcements, retry_s=1.0, resync_s=300.0),
         Controller("save-identities", save_identities, min_interval_s=5.0),
+        Controller("proxy-sync", proxy.sync, retry_s=0.2, retry_max_s=1.0, resync_s=0.1),
+        Controller("proxy-routing", proxy.keep_routing, min_interval_s=0.2, resync_s=10.0),
+        Controller("proxy-release", proxy.release, resync_s=5.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),
@@ -359,6 +394,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         ipam=ipam,
         host=host,
         monitor=monitor,
+        proxy=proxy,
         controllers=controllers,
         tables=all_tables,
         problems=problems,
@@ -417,6 +453,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     lifecycle.add("datapath", datapath)
     lifecycle.add("host", host)
     lifecycle.add("restore", _Step(take_over))
+    lifecycle.add("proxy", proxy)
     lifecycle.add("monitor", monitor)
     lifecycle.add("identity-client", _Closing(client.close))
     lifecycle.add_task("policy-waiters", tell_policy_waiters)

@@ -83,6 +83,7 @@ class AgentConfig:
     bpffs: Path | None = None  # None: run_dir/bpf
     object_dir: Path = Path("build/bpf")
     identity_socket: Path | None = None  # None: run_dir/identity.sock
+    xds_socket: Path | None = None  # None: run_dir/xds.sock
     socket_group: str = "cilia"
     metrics_address: str | None = None  # host:port of the Prometheus page; None: off
 
@@ -94,6 +95,10 @@ class AgentConfig:
     masquerade6: bool = True
     nat_port_min: int = 61000
     nat_port_max: int = 65535
+
+    proxy_port_min: int = 10000  # of the L7 proxy's listeners
+    proxy_port_max: int = 20000
+    proxy_release_delay_s: float = 300.0  # a listener that no rule needs is kept this long
 
     attach: AttachMode = "auto"
     enforcement: EnforcementMode = "default"
@@ -138,6 +143,10 @@ class AgentConfig:
         return self.identity_socket if self.identity_socket else self.run_dir / "identity.sock"
 
     @property
+    def xds_socket_path(self) -> Path:
+        return self.xds_socket if self.xds_socket else self.run_dir / "xds.sock"
+
+    @property
     def agent_dir(self) -> Path:
         return self.state_dir / "agent"
 
@@ -154,6 +163,11 @@ def check(config: AgentConfig) -> None:
     if not 1024 <= config.nat_port_min < config.nat_port_max <= 65535:
         raise ConfigInvalid(
             f"NAT ports {config.nat_port_min}-{config.nat_port_max}: give a rising range "
+            "inside 1024-65535"
+        )
+    if not 1024 <= config.proxy_port_min <= config.proxy_port_max <= 65535:
+        raise ConfigInvalid(
+            f"proxy ports {config.proxy_port_min}-{config.proxy_port_max}: give a rising range "
             "inside 1024-65535"
         )
     if not config.node or "/" in config.node:

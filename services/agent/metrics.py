@@ -7,6 +7,7 @@ from cilia.telemetry.metrics import Metrics
 _ENDPOINT = Metrics("endpoint")
 _POLICY = Metrics("policy")
 _DATAPATH = Metrics("datapath")
+_PROXY = Metrics("proxy")
 _IPAM = Metrics("ipam")
 _MONITOR = Metrics("monitor")
 
@@ -24,6 +25,12 @@ CONNTRACK_ENTRIES = _DATAPATH.gauge("conntrack_entries_count", "Connections afte
 CONNTRACK_COLLECTED = _DATAPATH.counter(
     "conntrack_gc_entries_total", "Expired connections that the GC removed."
 )
+REDIRECTS = _PROXY.gauge("redirects_count", "Listeners of the L7 proxy, by state.", ["state"])
+REDIRECT_RESTORED = _PROXY.counter(
+    "routing_restored_total", "Times that somebody else had changed what leads to the proxy."
+)
+L7_RECORDS = _PROXY.counter("records_total", "Requests the proxy told of, by verdict.", ["verdict"])
+L7_LOST = _PROXY.counter("records_lost_total", "Requests the proxy could not tell of.")
 IPAM_ADDRESSES = _IPAM.gauge("addresses_count", "Addresses in use.", ["family"])
 EVENTS = _MONITOR.counter("events_total", "Events read from the ring.")
 EVENTS_LOST = _MONITOR.gauge("events_lost_count", "Events the programs could not write.")

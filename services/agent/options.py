@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="of the identity service (default: RUN_DIR/identity.sock)",
     )
+    add("--xds-socket", type=Path, help="of the xds service (default: RUN_DIR/xds.sock)")
     add("--group", default=_DEFAULT.socket_group, help="owns the socket, if it exists")
     add("--metrics-address", default="", help="/a/path or host:port; empty: not served")
     add("--ipv4-pool", default=str(_DEFAULT.pool4), help="endpoints' IPv4 addresses")
@@ -72,6 +73,18 @@ def parser() -> argparse.ArgumentParser:
         "--nat-ports",
         default=f"{_DEFAULT.nat_port_min}-{_DEFAULT.nat_port_max}",
         help="ports for masquerade",
+    )
+    add(
+        "--proxy-ports",
+        default=f"{_DEFAULT.proxy_port_min}-{_DEFAULT.proxy_port_max}",
+        help="where the L7 proxy may listen, on the loopback addresses",
+    )
+    add(
+        "--proxy-release-delay",
+        type=float,
+        default=_DEFAULT.proxy_release_delay_s,
+        metavar="S",
+        help="a listener of the proxy that no rule needs is kept this long",
     )
     add("--attach", choices=["auto", "tcx", "clsact"], default="auto", help="how programs hang")
     add(
@@ -176,6 +189,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _port_range(flag: str, text: str, such_as: str) -> tuple[int, int]:
+    low, dash, high = text.partition("-")
+    if not (dash and low.isdigit() and high.isdigit()):
+        raise ConfigInvalid(f"{flag} {text}: give a range, such as {such_as}")
+    return int(low), int(high)
+
+
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig, Logging]:
     """Raises ConfigInvalid; a flag that does not exist ends the process with 2 (argparse)."""
     p = parser()
@@ -189,9 +209,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
     pool4, pool6 = parse_networks([a.ipv4_pool, a.ipv6_pool])
     if pool4 is None or pool6 is None:
         raise ConfigInvalid("give an IPv4 network to --ipv4-pool and an IPv6 one to --ipv6-pool")
-    low, dash, high = str(a.nat_ports).partition("-")
-    if not (dash and low.isdigit() and high.isdigit()):
-        raise ConfigInvalid(f"--nat-ports {a.nat_ports}: give a range, such as 61000-65535")
+    nat_ports = _port_range("--nat-ports", a.nat_ports, "61000-65535")
+    proxy_ports = _port_range("--proxy-ports", a.proxy_ports, "10000-20000")
     try:
         LabelFilter.parse(a.labels)
     except LabelError as error:
@@ -204,6 +223,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         bpffs=a.bpffs,
         object_dir=a.object_dir,
         identity_socket=a.identity_socket,
+        xds_socket=a.xds_socket,
         socket_group=a.group,
         metrics_address=a.metrics_address or None,
         pool4=pool4,
@@ -212,8 +232,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         devices=tuple(name for name in a.devices.split(",") if name),
         masquerade4=a.masquerade_ipv4 == "on",
         masquerade6=a.masquerade_ipv6 == "on",
-        nat_port_min=int(low),
-        nat_port_max=int(high),
+        nat_port_min=nat_ports[0],
+        nat_port_max=nat_ports[1],
+        proxy_port_min=proxy_ports[0],
+        proxy_port_max=proxy_ports[1],
+        proxy_release_delay_s=a.proxy_release_delay,
         attach=a.attach,
         enforcement=a.enable_policy,
         allow_localhost=a.allow_localhost,

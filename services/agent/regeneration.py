@@ -2,6 +2,7 @@
 
     cluster view, endpoints, host addresses
       -> calculation                      (pure)
+        -> proxies                        enforce what rows are to name; a moment is waited
         -> policy maps                    rows of every subject that changed
           -> ipcache                      names policy already knows
             -> announcement               other nodes may send
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
@@ -96,6 +97,7 @@ class Regeneration:
         notifier: Notifier,
         saved: PolicyStateFile,
         announce: Callable[[], Awaitable[None]],
+        settle_proxies: Callable[[Iterable[PolicyMapRow]], Awaitable[Collection[str]]],
         policy_limit: int,
         node_labels: Labels | None = None,
         before_node: Callable[[], Awaitable[object]] | None = None,
@@ -113,6 +115,7 @@ class Regeneration:
         self._node_labels = node_labels or reserved_labels(HOST)
         self._before_node = before_node  # the node's policy is in force
         self._node_key: SubjectKey | None = None  # None: no rule selects the node
+        self._settle_proxies = settle_proxies  # the digests whose port is another now
         self.pending = Pending()
         self._policies: Table[SubjectKey, PolicyMapRow] = Table(
             "policymap", key=lambda row: row.subject
@@ -267,6 +270,9 @@ class Regeneration:
             await self._datapath.run(calculation.cidrs.save)
         if synced:
             await self._resolve()
+            if moved := await self._settle_proxies(self._policies):
+                calculation.proxies_changed(moved)
+                await self._resolve()
             await self.policymap.flush()
             self._note_policy_errors()
             self._subject_errors.update(self._held)

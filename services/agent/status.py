@@ -18,6 +18,7 @@ from services.agent.host import HostNetwork
 from services.agent.identityalloc import IdentityAllocator
 from services.agent.ipam import Ipam, PoolStatus
 from services.agent.monitor import Monitor
+from services.agent.proxy import Proxy
 from services.agent.regeneration import NO_POLICY_SET, Regeneration
 from services.agent.session import Session, Watch
 
@@ -66,6 +67,7 @@ class Status:
         ipam: Ipam,
         host: HostNetwork,
         monitor: Monitor,
+        proxy: Proxy,
         controllers: ControllerSet,
         tables: Callable[[], tuple[TableDump, ...]],
         problems: list[str],
@@ -80,6 +82,7 @@ class Status:
         self._ipam = ipam
         self._host = host
         self._monitor = monitor
+        self._proxy = proxy
         self._controllers = controllers
         self._tables = tables
         self._problems = problems
@@ -90,6 +93,7 @@ class Status:
             self._identity(),
             self._policy(),
             self._programs(),
+            self._redirects(),
             self._endpoint_component(),
             self._node_itself(),
             self._pools(),
@@ -144,6 +148,16 @@ class Status:
         if errors:
             return Component("datapath", "Failure", "; ".join(errors.values()))
         return Component("datapath", "Ok", "programs are loaded")
+
+    def _redirects(self) -> Component:
+        wrong = self._proxy.status()
+        if wrong:
+            return Component("proxy", "Warning", "; ".join(wrong))
+        needed = [x for x in self._proxy.redirects.listeners.values() if x.idle_since is None]
+        if not needed:
+            return Component("proxy", "Ok", "no L7 rules")
+        connected = "" if self._proxy.connected else ", the xds service is not reached"
+        return Component("proxy", "Ok", f"{len(needed)} L7 rule sets are enforced{connected}")
 
     def _endpoint_component(self) -> Component:
         failing = [e for e in self._endpoints if e.message]

@@ -104,8 +104,12 @@ class Agent:
             node="n", view=self.view, endpoints=self.endpoints, calculation=self.calculation,
             datapath=self.kernel,  # type: ignore[arg-type]  # what it calls of it
             notifier=Notifier(), saved=PolicyStateFile(directory),
-            announce=lambda: self.announce(), policy_limit=1024,
+            announce=lambda: self.announce(), settle_proxies=self.no_proxies, policy_limit=1024,
         )  # fmt: skip
+
+    async def no_proxies(self, _: object) -> frozenset[str]:
+        """No policy here has L7 rules."""
+        return frozenset()
 
     async def nothing(self) -> None:
         """Nobody to tell."""

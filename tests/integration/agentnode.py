@@ -154,7 +154,9 @@ class AgentNode:
     def start(self, name: str, *flags: str, wait: bool = True) -> subprocess.Popen[bytes]:
         log = (self.run_dir / f"{name}.log").open("ab")
         words = [sys.executable, "-m", f"services.{name}", "--run-dir", str(self.run_dir)]
-        words += ["--state-dir", str(self.state_dir), "--log-level", "debug"]
+        words += ["--log-level", "debug"]
+        if name != "xds":
+            words += ["--state-dir", str(self.state_dir)]
         if name == "agent":
             words += ["--node-name", "n1", *self.flags]
         process = subprocess.Popen(

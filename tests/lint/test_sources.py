@@ -16,7 +16,7 @@ GENERATED = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 # Where messages are turned into domain values and back; everything else speaks domain values.
 PROTO_EDGES = re.compile(
-    r"^(cli/.*|lab/clients\.py|cilia/rpc/.*|services/([^/]+/)+(server|convert|clients)\.py|services/xds/.*"
+    r"^(cli/.*|lab/clients\.py|cilia/rpc/.*|services/([^/]+/)+(server|convert|clients|xdsclient)\.py|services/xds/.*"
     r"|services/[^/]+/(servers|convert|clients)/.*)$"
 )
 # Where tasks are started that no TaskGroup owns.
