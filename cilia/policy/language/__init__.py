@@ -17,5 +17,6 @@ from cilia.policy.language.documents import (
     document_from_parts,
     parse_documents,
 )
+from cilia.policy.language.visibility import parse_visibility
 
-__all__ = ["document_from_json", "document_from_parts", "parse_documents"]
+__all__ = ["document_from_json", "document_from_parts", "parse_documents", "parse_visibility"]
