@@ -355,6 +355,10 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     MULTICAST_UNSUPPORTED: _DropReason.ValueType  # 233
     FRAGMENT_TABLE_FULL: _DropReason.ValueType  # 234
     ENDPOINT_NOT_OPEN: _DropReason.ValueType  # 235
+    PROXY_MISSED: _DropReason.ValueType  # 236
+    NO_PROXY_PAIR: _DropReason.ValueType  # 237
+    OTHER_PROXY: _DropReason.ValueType  # 238
+    NOT_THE_PROXY: _DropReason.ValueType  # 239
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper): ...
 
@@ -441,6 +445,10 @@ OVERLAPPING_FRAGMENT: DropReason.ValueType  # 232
 MULTICAST_UNSUPPORTED: DropReason.ValueType  # 233
 FRAGMENT_TABLE_FULL: DropReason.ValueType  # 234
 ENDPOINT_NOT_OPEN: DropReason.ValueType  # 235
+PROXY_MISSED: DropReason.ValueType  # 236
+NO_PROXY_PAIR: DropReason.ValueType  # 237
+OTHER_PROXY: DropReason.ValueType  # 238
+NOT_THE_PROXY: DropReason.ValueType  # 239
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 class _IPVersion:
