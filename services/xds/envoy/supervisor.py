@@ -27,11 +27,13 @@ from typing import Final
 
 import structlog
 
+from cilia.controller import spawn
 from cilia.errors import DomainError
 from cilia.telemetry import fields
 from services.xds.envoy import bootstrap
 from services.xds.envoy.admin import AdminClient, AdminUnavailable
 from services.xds.envoy.bootstrap import Bootstrap, BootstrapSettings
+from services.xds.envoy.log import LogFile
 from services.xds.envoy.process import Account, Command, Process, account
 
 log = structlog.get_logger()
@@ -125,6 +127,14 @@ class Supervisor:
     async def run(self) -> None:
         """Keeps one running until cancelled. Raises nothing that a restart could heal."""
         self._prepare()
+        async with asyncio.TaskGroup() as group:
+            following = spawn(group, LogFile(self.log_path).run(), "envoy-log")
+            try:
+                await self._keep()
+            finally:
+                following.cancel()
+
+    async def _keep(self) -> None:
         wait_s = _FIRST_WAIT_S
         try:
             others = self._adopt()
@@ -205,7 +215,7 @@ class Supervisor:
                 self._note(state="running", version=version, message="")
                 log.info("Envoy is ready.", **{fields.PID: process.pid, fields.VERSION: version})
 
-            waiting = group.create_task(until_ready(), name="envoy-ready")
+            waiting = spawn(group, until_ready(), "envoy-ready")
             ended = await process.wait()
             waiting.cancel()
         await self._end(others)

@@ -10,11 +10,13 @@ from services.xds.translate import headers, rbac
 from services.xds.translate.clusters import duration, packed
 from services.xds.translate.model import NodeSettings, Redirect, SecretReader
 
-# What Envoy's normalization leaves alone and some servers read as a step up, or as the end of the
+# What Envoy's normalization leaves alone, and some servers read as a step up or as the end of the
 # path: dot segments with parameters (RFC 3986 section 3.3 lets a segment have them; servlet
-# containers cut them off before they resolve dots), twice encoded dots and slashes, and NUL.
+# containers cut them off before they resolve dots) or with blanks around them, dots and slashes
+# that are encoded twice, NUL and backslashes.
+_BLANK: Final = r"(%09|%0a|%0b|%0c|%0d|%20)*"
 TRICKS: Final = (
-    r"(?i).*(/(\.|%2e){1,2}(;|%3b)|%25(2e|2f|5c|25)|%00|\\|/(\.|%2e){1,2}(%09|%0a|%0d|%20)*(/|$)).*"
+    rf"(?i).*(/{_BLANK}(\.|%2e){{1,2}}{_BLANK}((;|/|%3b).*)?|(%25(2e|2f|5c|25)|%00|\\).*)"
 )
 
 
