@@ -110,6 +110,7 @@ class EnvoyNode:
                     ads_socket=self.run_dir / "ads.sock",
                     concurrency=self._concurrency,
                     log_level="warning",
+                    drain_s=1,
                 )
             )
             self.supervisor.netns = self.base
@@ -183,9 +184,12 @@ class EnvoyNode:
             change.remove(RDS, f"redirect-{port}")
         await self.acks.acknowledged(NODE, {LDS: [f"redirect-{port}"]}, timeout_s=10)
 
-    def pushes(self) -> int:
-        """Responses that Envoy was sent."""
-        return sum(attached.stream.responses for attached in self.hub.streams.values())
+    def bytes_sent(self) -> int:
+        """Bytes that Envoy's streams were sent since they were opened."""
+        return sum(attached.stream.response_bytes for attached in self.hub.streams.values())
+
+    def kill_envoy(self) -> None:
+        os.kill(self.supervisor.state.pid, signal.SIGKILL)
 
     async def logged(
         self, count: int, *, kind: int | None = None, within_s: float = 5
@@ -230,6 +234,7 @@ class EnvoyNode:
                 chain pre {{
                     type filter hook prerouting priority mangle;
                     {redirect}
+                    meta mark 0x200 drop
                 }}
             }}""",
         )  # fmt: skip
@@ -247,10 +252,12 @@ class EnvoyNode:
         self._backends.append(backend)
         return backend
 
-    def connect(self, number: int = 0, *, family: int = socket.AF_INET) -> socket.socket:
+    def connect(
+        self, number: int = 0, *, family: int = socket.AF_INET, within_s: float = 5
+    ) -> socket.socket:
         """A client's connection to what the listener of that number guards."""
         sock = self.make_socket(family)
-        sock.settimeout(5)
+        sock.settimeout(within_s)
         address = f"10.9.{number}.1" if family == socket.AF_INET else f"fd09::{number}"
         sock.connect((address, 80))
         return sock

@@ -89,6 +89,9 @@ def _message(settings: BootstrapSettings, admin_socket: Path) -> bootstrap_pb2.B
 
     layer = message.layered_runtime.layers.add(name="static").static_layer
     layer["re2.max_program_size.error_level"] = settings.max_program_size
+    # Rules allow. Of a header that stands there twice, one fitting value would be enough for Envoy
+    # 1.40 by default; compared as one text, all of them must be what the rule says.
+    layer["envoy.reloadable_features.rbac_match_headers_individually"] = False
     _bound(message, settings)
     return message
 

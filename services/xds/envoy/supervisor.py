@@ -60,6 +60,8 @@ class EnvoySettings:
     max_program_size: int = 1000
     keep: bool = False
     """Leave it running when the service stops."""
+    drain_s: int = 5
+    """How long connections of a listener that was removed or replaced may go on."""
     takeover_s: float = 15.0
     """How long one that is replaced may go on while its successor is not ready."""
 
@@ -115,7 +117,7 @@ class Supervisor:
             ),
             # Another binary, another user: another process.
             salt=f"{settings.binary}{status and (status.st_size, status.st_mtime_ns)}"
-            f"{self._account}{settings.concurrency}{settings.log_level}",
+            f"{self._account}{settings.concurrency}{settings.log_level}{settings.drain_s}",
         )
 
     @property
@@ -190,6 +192,7 @@ class Supervisor:
                 log=self.log_path,
                 concurrency=settings.concurrency,
                 log_level=settings.log_level,
+                drain_s=settings.drain_s,
             )
         )
         self._note(state="starting", pid=process.pid, started_ns=process.started_ns, message="")

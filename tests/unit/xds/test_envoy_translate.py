@@ -259,7 +259,7 @@ def test_the_value_of_a_header_may_be_a_secret(
     if expected is None:  # it never matches
         assert not policies
     else:
-        (condition,) = policies["1"].permissions[0].and_rules.rules
+        condition = policies["1"].permissions[0].and_rules.rules[0]
         assert condition.header.string_match.exact == expected
 
 
