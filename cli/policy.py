@@ -16,6 +16,9 @@ VERBS = {
     "validate": ("cli.policy_validate:validate", "Check policy files."),
     "schema": ("cli.policy_schema:schema", "JSON Schema or CRDs of policy documents."),
     "trace": ("cli.policy_trace:trace", "Would a connection be allowed, and by which rule?"),
+    "diff": ("cli.policy_diff:diff", "Which connections two sets of policies decide differently."),
+    "whatif": ("cli.policy_diff:whatif", "Which connections would change with other policies."),
+    "lint": ("cli.policy_lint:lint", "What policies probably do not mean."),
     "matrix": ("cli.policy_matrix:matrix", "Who may talk to whom on what."),
 }
 

@@ -7,9 +7,9 @@ no policy judges them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from cilia.policy.api import PROTO_ICMP, PROTO_ICMPV6, PROTO_NAMES, Network
 from cilia.policy.questions import ports
@@ -18,6 +18,8 @@ from cilia.policy.questions.scene import CLOSED, WORLDS, Cell, Party, Scene
 from cilia.policy.questions.world import partition
 
 Name = str | Network
+A = TypeVar("A", bound=Hashable)
+T = TypeVar("T")
 _TYPED: Final = (PROTO_ICMP, PROTO_ICMPV6)
 _FOREIGN: Final = {4: PROTO_ICMPV6, 6: PROTO_ICMP}
 
@@ -73,7 +75,7 @@ class Matrix:
         self.prefixes: Final = self._regions([x for x in parties if x.local])
         self._local: Final = {name for x in parties if x.local for name in names(x)}
         self.parties: Final[tuple[Name, ...]] = (
-            *sorted((name for x in parties for name in names(x)), key=_order),
+            *sorted((name for x in parties for name in names(x)), key=order),
             *self.prefixes,
         )
 
@@ -93,51 +95,29 @@ class Matrix:
     def _regions(self, parties: list[Party]) -> tuple[Network, ...]:
         """Connections from and to outside; gives the prefixes that the outside was split into."""
         scene = self.scene
-        # Parties under the same rows have the same answers about everybody outside.
-        alike: dict[int, list[Party]] = {}
-        for party in parties:
-            alike.setdefault(id(scene.state(party)), []).append(party)
-        groups = list(alike.values())
 
-        def answers(region: Party) -> tuple[tuple[Cell, Cell], ...]:
-            version = region.prefix.version if region.prefix is not None else 4
-            return tuple(
-                (
-                    _of_family(scene.connection(group[0], region), version),
-                    _of_family(scene.connection(region, group[0]), version),
-                )
-                for group in groups
+        def answer(party: Party, region: Party) -> tuple[Cell, Cell]:
+            return (
+                of_family(scene.connection(party, region), region),
+                of_family(scene.connection(region, party), region),
             )
 
-        numbers: dict[Hashable, int] = {}
-        meanings: list[tuple[tuple[Cell, Cell], ...]] = []
-        by_prefix: dict[Network, int] = {}
-        for region in scene.regions:
-            found = answers(region)
-            if found not in numbers:
-                numbers[found] = len(meanings)
-                meanings.append(found)
-            assert region.prefix is not None
-            by_prefix[region.prefix] = numbers[found]
+        groups = alike(parties, lambda party: id(scene.state(party)))
         split: list[Network] = []
-        for world in WORLDS:
-            everywhere = by_prefix.pop(world)
-            for prefix, number in partition(world.version, everywhere, by_prefix):
-                split.append(prefix)
-                assert isinstance(number, int)
-                for group, (out, in_) in zip(groups, meanings[number], strict=True):
-                    for party in group:
-                        for name in names(party):
-                            if any(out):
-                                self.cells[name, prefix] = out
-                            if any(in_):
-                                self.cells[prefix, name] = in_
+        for prefix, answers in outside(scene.regions, groups, answer):
+            split.append(prefix)
+            for group, (out, in_) in zip(groups, answers, strict=True):
+                for name in (name for party in group for name in names(party)):
+                    if any(out):
+                        self.cells[name, prefix] = out
+                    if any(in_):
+                        self.cells[prefix, name] = in_
         return tuple(split)
 
     def rows(self) -> Iterator[Row]:
         """Every row, sorted by source, destination and protocol."""
         tails: dict[int, list[tuple[int, tuple[tuple[int, int], ...], Pair | None]]] = {}
-        for src, dst in sorted(self.cells, key=lambda x: (_order(x[0]), _order(x[1]))):
+        for src, dst in sorted(self.cells, key=lambda x: (order(x[0]), order(x[1]))):
             cell = self.cells[src, dst]
             found = tails.get(id(cell))
             if found is None:
@@ -158,9 +138,38 @@ def _tails(cell: Cell) -> Iterator[tuple[int, tuple[tuple[int, int], ...], Pair 
             yield proto, tuple(found), condition
 
 
-def _of_family(cell: Cell, version: int) -> Cell:
+def alike(parties: list[Party], kind: Callable[[Party], Hashable]) -> list[list[Party]]:
+    """Parties in groups of one kind: who is under the same rows has the same answers about
+    everybody outside."""
+    groups: dict[Hashable, list[Party]] = {}
+    for party in parties:
+        groups.setdefault(kind(party), []).append(party)
+    return list(groups.values())
+
+
+def outside(
+    regions: Iterable[Party], groups: list[list[Party]], answer: Callable[[Party, Party], A]
+) -> Iterator[tuple[Network, tuple[A, ...]]]:
+    """The outside in as few prefixes as have different answers, each with that of every group."""
+    numbers: dict[Hashable, int] = {}
+    meanings: list[tuple[A, ...]] = []
+    by_prefix: dict[Network, int] = {}
+    for region in regions:
+        found = tuple(answer(group[0], region) for group in groups)
+        if found not in numbers:
+            numbers[found] = len(meanings)
+            meanings.append(found)
+        assert region.prefix is not None
+        by_prefix[region.prefix] = numbers[found]
+    for world in WORLDS:
+        for prefix, number in partition(world.version, by_prefix.pop(world), by_prefix):
+            assert isinstance(number, int)
+            yield prefix, meanings[number]
+
+
+def of_family(cell: tuple[tuple[T, ...], ...], region: Party) -> tuple[tuple[T, ...], ...]:
     """Without the ICMP of the other family."""
-    foreign = _FOREIGN[version]
+    foreign = _FOREIGN[region.prefix.version if region.prefix is not None else 4]
     return tuple(
         () if proto == foreign else ranges for proto, ranges in zip(PROTOCOLS, cell, strict=True)
     )
@@ -178,7 +187,7 @@ def names(party: Party) -> tuple[Name, ...]:
             return (party.prefix,)
 
 
-def _order(name: Name) -> tuple[int, str, int, int, int]:
+def order(name: Name) -> tuple[int, str, int, int, int]:
     if isinstance(name, str):
         return (1 if name.startswith("reserved:") else 0, name, 0, 0, 0)
     return (2, "", name.version, int(name.network_address), name.prefixlen)

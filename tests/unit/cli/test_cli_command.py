@@ -298,6 +298,50 @@ def test_why_says_what_is_wrong(tmp_path: Path, words: list[str], code: Exit, me
     assert message in result.stderr
 
 
+def test_diff_is_about_decisions(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(POLICY)
+    b.write_text("# another text\n" + POLICY.replace('port: "80"', 'port: "80", endPort: 80'))
+    equal = run("policy", "diff", str(a), str(b), "-o", "json")
+    assert equal.exit_code == Exit.OK, equal.output
+    assert json.loads(equal.stdout)["equal"] is True
+    b.write_text(POLICY.replace("80", "81"))
+    (tmp_path / "e.yaml").write_text(ENDPOINTS)
+    other = run("policy", "diff", str(a), str(b), "--endpoints", f"{tmp_path}/e.yaml", "-o", "json")
+    assert other.exit_code == Exit.FAILED
+    ends = {"src": "default/front", "dst": "default/web", "protocol": "TCP"}
+    assert json.loads(other.stdout)["changes"] == [
+        {"change": "closes", **ends, "ports": "80"},
+        {"change": "opens", **ends, "ports": "81"},
+    ]
+
+
+def test_whatif_counts_recorded_flows_too(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    new = tmp_path / "new.yaml"
+    new.write_text(POLICY.replace("app: front", "app: stranger"))
+    lines = "".join(f"{json.dumps(x)}\n" for x in (EVENT, EVENT, FLOW, {"type": "lost", "lost": 1}))
+    result = run("policy", "whatif", str(new), *given, "--flows", "-", "-o", "json", stdin=lines)
+    assert result.exit_code == Exit.FAILED, result.output
+    shape = json.loads(result.stdout)
+    (flow,) = shape["flows"]
+    assert (flow["change"], flow["src"], flow["flows"]) == ("opens", "default/stranger", 2)
+    assert [x["change"] for x in shape["changes"]] == ["closes"]
+    same = run("policy", "whatif", given[1], *given)
+    assert same.exit_code == Exit.OK
+    assert "No connection changes (3 endpoints given)" in same.stdout
+    gone = run("policy", "whatif", "--delete", given[1], *given)
+    assert "+ default/x to default/web: TCP 1-65535" in gone.stdout
+
+
+def test_lint_says_what_is_probably_not_meant(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    result = run("policy", "lint", given[1], *given[2:], "-o", "json")
+    assert result.exit_code == Exit.FAILED
+    assert any("default deny" in x["message"] for x in json.loads(result.stdout)["warnings"])
+    assert run("policy", "lint", given[1]).exit_code == Exit.OK
+
+
 def test_matrix_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(POLICY)
     (tmp_path / "bad.yaml").write_text("[{name: a, ips: [nowhere]}]")
