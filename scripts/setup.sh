@@ -135,11 +135,24 @@ venv_usable() {
         "$("$venv/bin/python" -c 'import sys; print(sys.base_prefix)')" ]
 }
 
+# ---- 3: the packages ----------------------------------------------------------------------------
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" 9>&-; }
+
+install_packages() {
+    # Hashes are required, so what is installed is what was tested, whatever index serves it.
+    pip install -q --retries 5 --require-hashes -r requirements.lock >>"$log" 2>&1 || return 1
+    # xds-protos brings an old copy of OpenTelemetry's messages, to the place where the package of
+    # OpenTelemetry's own puts them: that one has the last word.
+    awk '/^opentelemetry-proto==/ { on = 1 } on { print } on && !/\\$/ { exit }' requirements.lock >build/last-word.lock
+    pip install -q --retries 5 --require-hashes --no-deps --force-reinstall -r build/last-word.lock >>"$log" 2>&1
+}
+
 # ---- the run ------------------------------------------------------------------------------------
 
 # What is installed is a function of these; the stamps live in the environment they speak of.
 # The tree's own path counts: scripts in .venv/bin and the editable install name it.
-packages_key=$(sha256sum requirements.lock | cut -d' ' -f1)
+packages_key=$({ cat requirements.lock; declare -f install_packages; } | sha256sum | cut -d' ' -f1)
 project_key=$({ pwd; cat pyproject.toml; } | sha256sum | cut -d' ' -f1)
 stamp() { [ "$(cat "$venv/.stamp-$1" 2>/dev/null)" = "$2" ]; }
 
@@ -167,13 +180,10 @@ else
     make_venv
 fi
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@" 9>&-; }
-
 if ! stamp packages "$packages_key"; then
     say "[3/4] Python packages: $(grep -c '==' requirements.lock) locked ones"
     rm -f "$venv/.stamp-packages"
-    # Hashes are required, so what is installed is what was tested, whatever index serves it.
-    pip install -q --retries 5 --require-hashes -r requirements.lock >>"$log" 2>&1 ||
+    install_packages ||
         fail_log "could not install the Python packages of requirements.lock"
     echo "$packages_key" >"$venv/.stamp-packages"
 fi
