@@ -70,139 +70,27 @@ class _Supervisor(Supervisor):
             return in_netns(netns, super()._spawn)
 
 
-class EnvoyNode:
-    """`async with EnvoyNode("tag") as node: await node.apply(redirect(...))`."""
+class Wire:
+    """The namespace, and what is at both ends of it."""
 
-    def __init__(
-        self,
-        tag: str,
-        settings: NodeSettings | None = None,
-        *,
-        secrets: SecretReader = no_secrets,
-        concurrency: int = 1,
-    ) -> None:
+    def __init__(self, tag: str) -> None:
         self.base = f"cilt-{os.getpid()}-e-{tag}"
         self.run_dir = Path("/run") / self.base
-        self.settings = settings or NodeSettings()
-        self.records: list[pb.L7Record] = []
-        self.redirects: dict[int, pb.Redirect] = {}
-        self.cache = ResourceCache()
-        self.hub = Hub(self.cache)
-        self.acks = Acknowledgements(self.hub)
-        self.translator = HttpTranslator(self.settings, secrets)
-        self.receiver = AccessLogReceiver(publish=self.records.extend, find=self.redirects.get)
-        self._concurrency = concurrency
         self._backends: list[Backend] = []
-        self._server: Server | None = None
-        self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> Self:
+    def make(self) -> None:
         sweep()
-        try:
-            self.run_dir.mkdir(parents=True)
-            self._make_namespace()
-            await self.serve()
-            self.supervisor = _Supervisor(
-                EnvoySettings(
-                    binary=binary(),
-                    run_dir=self.run_dir,
-                    node_id=NODE,
-                    ads_socket=self.run_dir / "ads.sock",
-                    concurrency=self._concurrency,
-                    log_level="warning",
-                    drain_s=1,
-                )
-            )
-            self.supervisor.netns = self.base
-            group = await self._stack.enter_async_context(asyncio.TaskGroup())
-            self._task = group.create_task(self.supervisor.run())
-            self._stack.callback(self._task.cancel)
-            for item in self.translator.base():
-                self.cache.put(item.url, item.name, item.value)
-            await until(lambda: self.supervisor.state.state == "running", "Envoy is ready")
-        except BaseException:
-            await self.__aexit__(None, None, None)
-            raise
-        return self
+        self.run_dir.mkdir(parents=True)
+        self._make_namespace()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            await self._stack.aclose()
-            await self.stop_serving()
-        finally:
-            for backend in self._backends:
-                backend.close()
-            remove_namespace(self.base)
-            shutil.rmtree(self.run_dir, ignore_errors=True)
-
-    # ---- the control plane
-
-    async def serve(self) -> None:
-        """Starts the control plane; Envoy comes back to it by itself."""
-        self._discovery = DiscoveryServer(hub=self.hub, transport="unix")
-        self._server = Server(
-            socket=self.run_dir / "ads.sock",
-            services=[self._discovery.register, self.receiver.add_to_server],
-            group=account("cilia-envoy").gid,
-            grace_s=0.1,
-        )
-        await self._server.start()
-        self.run_dir.chmod(0o755)
-
-    async def stop_serving(self) -> None:
-        """Ends the control plane; what it knew is kept."""
-        if self._server is not None:
-            self._discovery.close()
-            await self._server.stop()
-            self._server = None
-
-    def put(self, *redirects: pb.Redirect) -> None:
-        """Translates and serves."""
-        with self.cache.transaction() as change:
-            for redirect in redirects:
-                self.redirects[redirect.port] = redirect
-                for item in self.translator.translate(redirect).items:
-                    change.put(item.url, item.name, item.value)
-
-    async def apply(self, *redirects: pb.Redirect) -> Outcome:
-        """Translates, serves, and waits until Envoy has taken it or not."""
-        self.put(*redirects)
-        names = [f"redirect-{redirect.port}" for redirect in redirects]
-        outcome = await self.acks.acknowledged(NODE, {LDS: names, RDS: names}, timeout_s=10)
-        assert not outcome.pending, outcome
-        return outcome
-
-    async def remove(self, port: int) -> None:
-        del self.redirects[port]
-        with self.cache.transaction() as change:
-            change.remove(LDS, f"redirect-{port}")
-            change.remove(RDS, f"redirect-{port}")
-        await self.acks.acknowledged(NODE, {LDS: [f"redirect-{port}"]}, timeout_s=10)
-
-    def bytes_sent(self) -> int:
-        """Bytes that Envoy's streams were sent since they were opened."""
-        return sum(attached.stream.response_bytes for attached in self.hub.streams.values())
-
-    def kill_envoy(self) -> None:
-        os.kill(self.supervisor.state.pid, signal.SIGKILL)
-
-    async def logged(
-        self, count: int, *, kind: int | None = None, within_s: float = 5
-    ) -> list[pb.L7Record]:
-        """The records, once there are so many of the kind."""
-
-        def found() -> list[pb.L7Record]:
-            return [r for r in self.records if kind is None or r.type == kind]
-
-        await until(lambda: len(found()) >= count, f"{count} records", within_s=within_s)
-        return found()
-
-    # ---- the network
+    def remove(self) -> None:
+        for backend in self._backends:
+            backend.close()
+        for process in Process.find(self.run_dir / "envoy"):
+            process.signal(signal.SIGKILL)
+            process.close()
+        subprocess.run(["ip", "netns", "del", self.base], capture_output=True, check=False)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def _make_namespace(self) -> None:
         name = self.base
@@ -280,11 +168,137 @@ class EnvoyNode:
         return int(match[1]) if match else 0
 
 
+class EnvoyNode(Wire):
+    """`async with EnvoyNode("tag") as node: await node.apply(redirect(...))`."""
+
+    def __init__(
+        self,
+        tag: str,
+        settings: NodeSettings | None = None,
+        *,
+        secrets: SecretReader = no_secrets,
+        concurrency: int = 1,
+    ) -> None:
+        super().__init__(tag)
+        self.settings = settings or NodeSettings()
+        self.records: list[pb.L7Record] = []
+        self.redirects: dict[int, pb.Redirect] = {}
+        self.cache = ResourceCache()
+        self.hub = Hub(self.cache)
+        self.acks = Acknowledgements(self.hub)
+        self.translator = HttpTranslator(self.settings, secrets)
+        self.receiver = AccessLogReceiver(publish=self.records.extend, find=self.redirects.get)
+        self._concurrency = concurrency
+        self._server: Server | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.make()
+            await self.serve()
+            self.supervisor = _Supervisor(
+                EnvoySettings(
+                    binary=binary(),
+                    run_dir=self.run_dir,
+                    node_id=NODE,
+                    ads_socket=self.run_dir / "ads.sock",
+                    concurrency=self._concurrency,
+                    log_level="warning",
+                    drain_s=1,
+                )
+            )
+            self.supervisor.netns = self.base
+            group = await self._stack.enter_async_context(asyncio.TaskGroup())
+            self._task = group.create_task(self.supervisor.run())
+            self._stack.callback(self._task.cancel)
+            for item in self.translator.base():
+                self.cache.put(item.url, item.name, item.value)
+            await until(lambda: self.supervisor.state.state == "running", "Envoy is ready")
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._stack.aclose()
+            await self.stop_serving()
+        finally:
+            self.remove()
+
+    # ---- the control plane
+
+    async def serve(self) -> None:
+        """Starts the control plane; Envoy comes back to it by itself."""
+        self._discovery = DiscoveryServer(hub=self.hub, transport="unix")
+        self._server = Server(
+            socket=self.run_dir / "ads.sock",
+            services=[self._discovery.register, self.receiver.add_to_server],
+            group=account("cilia-envoy").gid,
+            grace_s=0.1,
+        )
+        await self._server.start()
+        self.run_dir.chmod(0o755)
+
+    async def stop_serving(self) -> None:
+        """Ends the control plane; what it knew is kept."""
+        if self._server is not None:
+            self._discovery.close()
+            await self._server.stop()
+            self._server = None
+
+    def put(self, *redirects: pb.Redirect) -> None:
+        """Translates and serves."""
+        with self.cache.transaction() as change:
+            for redirect in redirects:
+                self.redirects[redirect.port] = redirect
+                for item in self.translator.translate(redirect).items:
+                    change.put(item.url, item.name, item.value)
+
+    async def apply(self, *redirects: pb.Redirect) -> Outcome:
+        """Translates, serves, and waits until Envoy has taken it or not."""
+        self.put(*redirects)
+        names = [f"redirect-{redirect.port}" for redirect in redirects]
+        outcome = await self.acks.acknowledged(NODE, {LDS: names, RDS: names}, timeout_s=10)
+        assert not outcome.pending, outcome
+        return outcome
+
+    async def withdraw(self, port: int) -> None:
+        del self.redirects[port]
+        with self.cache.transaction() as change:
+            change.remove(LDS, f"redirect-{port}")
+            change.remove(RDS, f"redirect-{port}")
+        await self.acks.acknowledged(NODE, {LDS: [f"redirect-{port}"]}, timeout_s=10)
+
+    def bytes_sent(self) -> int:
+        """Bytes that Envoy's streams were sent since they were opened."""
+        return sum(attached.stream.response_bytes for attached in self.hub.streams.values())
+
+    def kill_envoy(self) -> None:
+        os.kill(self.supervisor.state.pid, signal.SIGKILL)
+
+    async def logged(
+        self, count: int, *, kind: int | None = None, within_s: float = 5
+    ) -> list[pb.L7Record]:
+        """The records, once there are so many of the kind."""
+
+        def found() -> list[pb.L7Record]:
+            return [r for r in self.records if kind is None or r.type == kind]
+
+        await until(lambda: len(found()) >= count, f"{count} records", within_s=within_s)
+        return found()
+
+
 class Backend:
     """A server that understands as little of HTTP as it can: a head, then as many bytes as its
     Content-Length says, then the next head."""
 
-    def __init__(self, node: EnvoyNode, reply: Callable[[bytes], bytes] | bytes) -> None:
+    def __init__(self, node: Wire, reply: Callable[[bytes], bytes] | bytes) -> None:
         self.heads: list[bytes] = []
         self.connections = 0
         self.peers: list[Any] = []
@@ -353,10 +367,6 @@ def read_answer(sock: socket.socket) -> bytes:
     except ConnectionError:
         answer += b"<reset>"
     return answer
-
-
-def remove_namespace(name: str) -> None:
-    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def run(*words: str, stdin: str | None = None) -> None:

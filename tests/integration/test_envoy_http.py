@@ -154,7 +154,7 @@ async def test_a_redirect_that_goes_lets_nothing_pass() -> None:
         await node.apply(redirect(0, everything()), redirect(1, everything()))
         with node.connect() as sock:
             assert await asyncio.to_thread(exchange, sock, "/") == 200
-            await node.remove(10_000)
+            await node.withdraw(10_000)
             await asyncio.sleep(0.2)
             seen = len(backend.heads)
             with pytest.raises(TimeoutError):  # nobody listens, and the rest drops
