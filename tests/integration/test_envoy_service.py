@@ -33,7 +33,7 @@ class Agent:
         self._requests: queue.Queue[pb.SyncRequest | None] = queue.Queue()
         self.states: dict[int, pb.RedirectState] = {}
         self._stub: Any = xds_pb2_grpc.RedirectServiceStub(channel)
-        self._call = self._stub.Sync(iter(self._requests.get, None))
+        self._call: Any = self._stub.Sync(iter(self._requests.get, None))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
