@@ -397,6 +397,31 @@ class Play:
             bool(reasons) and all(reasons),
             f"{sum(reasons)} of {len(reasons)} do",
         )
+        await self._why()
+
+    async def _why(self) -> None:
+        """Ask the command what would have to change; nothing is changed."""
+        screen = self.screen
+        words = ["why", self.fleet.xwing.name, self.fleet.deathstars[0].name, "--dport", "80/tcp"]
+        screen.line()
+        screen.line(f"  $ cilia {' '.join(words)}")
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cli", *words),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env={**environment(), "CILIA_AGENT_SOCK": self.lab.nodes[0].agent_socket},
+            cwd=ROOT,
+        )
+        async with asyncio.timeout(STEP_TIMEOUT_S):
+            out, _ = await child.communicate()
+        said = out.decode()
+        for line in said.splitlines():
+            screen.line(screen.dim(f"  {line}") if line else "")
+        self.ledger.expect(
+            "act 2: why names the file and line that isolate, and an edit that would admit it",
+            child.returncode == 1 and f"{POLICY}:" in said and "smallest edit" in said,
+            f"exit code {child.returncode}, {len(said.splitlines())} lines",
+        )
 
     async def act3(self, before: dict[tuple[str, str], EndpointInfo]) -> None:
         screen, fleet = self.screen, self.fleet
