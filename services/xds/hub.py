@@ -62,6 +62,8 @@ class Attached:
     peer: Peer
     wake: Callable[[], None]
     since: float
+    acks: int = 0
+    nacks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +180,11 @@ class Hub:
                 self._leave(left, name, attached)
         stream.unsubscribed.clear()
         for answer in stream.answers:
-            if answer.reason:
-                self.nacks += 1
-            else:
-                self.acks += 1
             self._record(stream, answer.url, answer.names, time)
         stream.answers.clear()
+        self.acks += stream.acks - attached.acks
+        self.nacks += stream.nacks - attached.nacks
+        attached.acks, attached.nacks = stream.acks, stream.nacks
         if news:
             self._notify(stream.node)
 
@@ -220,6 +221,7 @@ class Hub:
             for node in list(self._of_node):
                 self._notify(node)
             return
+        self._forget_rejections(changed)
         woken: set[Attached] = set()
         for change in changed:
             if (asked := self._index.get(change.url)) is None:
@@ -232,6 +234,16 @@ class Hub:
                         woken.add(attached)
         for attached in woken:
             attached.wake()
+
+    def _forget_rejections(self, changed: Collection[Changed]) -> None:
+        """Those of resources that are no more."""
+        if not self.rejections:
+            return
+        names = {(change.url, change.name) for change in changed}
+        for key in [key for key in self.rejections if key[1:] in names]:
+            node, url, name = key
+            if self.cache.view(node).get(url, name) is None:
+                del self.rejections[key]
 
     # ---- questions
 

@@ -562,6 +562,7 @@ class Stream:
             before = sub.held.get(name)
             resource = self.view.get(url, name) if sub.wants(name) else None
             if resource is None:
+                sub.refused.pop(name, None)
                 if before is not None or (forced and self.delta):
                     sub.gone.add(name)
                 continue
@@ -571,6 +572,8 @@ class Stream:
                     if isinstance(before, Stub):
                         sub.hold(name, resource)
                         known.append(name)
+                    if sub.refused.pop(name, None) is not None:
+                        known.append(name)  # what was refused is wanted no more
                     continue
                 refusal = sub.refused.get(name)
                 if refusal is not None and refusal.resource.version == resource.version:

@@ -208,6 +208,7 @@ def test_what_was_accepted_before_is_not_sent_when_it_returns() -> None:
         """
     )
     assert d.standing("RDS", "r") == "acked"
+    assert not d.hub.rejections
 
 
 def test_a_refusal_stops_no_other_resource() -> None:
@@ -230,6 +231,24 @@ def test_a_refusal_stops_no_other_resource() -> None:
     assert d.standing("LDS", "bad").startswith("nacked")
     [rejection] = d.hub.rejections.values()
     assert (rejection.name, rejection.node) == ("bad", "n1")
+
+
+def test_a_refused_resource_that_is_removed_is_forgotten() -> None:
+    d = play(
+        """
+        == put LDS bad=1
+        >> LDS
+        << LDS bad=1
+        >> LDS nack "bad"
+        == put LDS -bad
+        << nothing
+        == put LDS bad=1
+        << LDS bad=1
+        >> LDS ack
+        """
+    )
+    assert d.standing("LDS", "bad") == "acked"
+    assert not d.hub.rejections
 
 
 def test_two_bad_ones_are_both_found() -> None:
