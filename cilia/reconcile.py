@@ -180,6 +180,10 @@ class Reconciler(Generic[K, R]):
         """Why the last prune failed; "" when it did not."""
         return self._prune_error
 
+    def paused(self) -> asyncio.Lock:
+        """To be held by who looks at the real thing: nothing is written meanwhile."""
+        return self._lock
+
     def trigger_prune(self) -> None:
         """Asks for a prune at the next flush."""
         self._prune_due = True

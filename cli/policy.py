@@ -19,6 +19,7 @@ VERBS = {
     "diff": ("cli.policy_diff:diff", "Which connections two sets of policies decide differently."),
     "whatif": ("cli.policy_diff:whatif", "Which connections would change with other policies."),
     "lint": ("cli.policy_lint:lint", "What policies probably do not mean."),
+    "audit-kernel": ("cli.policy_audit:audit_kernel", "Does the kernel do what policy says?"),
     "matrix": ("cli.policy_matrix:matrix", "Who may talk to whom on what."),
 }
 

@@ -206,6 +206,32 @@ def trace(item: agent_pb2.TraceResponse) -> dict[str, Any]:
     }
 
 
+def kernel_audit(item: agent_pb2.AuditKernelResponse) -> dict[str, Any]:
+    """{rows, policies, cells, skipped, drifted, repaired, drifts, seconds, selftest}"""
+    return {
+        "rows": item.rows,
+        "policies": item.policies,
+        "cells": item.cells,
+        "skipped": list(item.skipped),
+        "drifted": item.drifted,
+        "repaired": item.repaired if item.drifted else None,
+        "drifts": [
+            {
+                "map": drift.map,
+                "row": drift.row,
+                "expected": drift.expected,
+                "found": drift.found,
+                "subject": drift.subject or None,
+                "endpoints": list(drift.endpoints),
+                "rule": rule(drift.rule),
+            }
+            for drift in item.drifts
+        ],
+        "seconds": round(item.seconds, 3),
+        "selftest": item.selftest,
+    }
+
+
 def policy_row(item: agent_pb2.PolicyRow) -> dict[str, Any]:
     """A row of a policy map."""
     return {

@@ -64,6 +64,7 @@ from services.agent.hostpolicy import (
 )
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
 from services.agent.ipam import Ipam
+from services.agent.kernelaudit import KernelAudit
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
 from services.agent.notifications import Notifier
@@ -322,13 +323,21 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         await wiring.flush()
         await device_reconciler.flush()
 
+    kernel_audit = KernelAudit(
+        regeneration=regeneration,
+        calculation=calculation,
+        datapath=datapath,
+        monitor=monitor,
+        interval_s=config.resync_interval_s,
+    )
+
     async def resync() -> None:
-        for reconciler in (
-            regeneration.policymap,
-            regeneration.ipcache,
-            regeneration.endpointmap,
-        ):
-            await reconciler.flush()
+        attach_reconciler.trigger_resync()
+        device_reconciler.trigger_resync()
+        await attach_reconciler.flush()
+        await device_reconciler.flush()
+        await kernel_audit.compare()
+        await kernel_audit.try_audit()
         regenerate.trigger()
 
     async def refresh_host() -> None:
@@ -356,6 +365,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("address-quarantine", lives.release_quarantine, resync_s=every),
         Controller("conntrack-gc", conntrack.collect, resync_s=config.conntrack_gc_interval_s),
         Controller("resync", resync, resync_s=every),
+        Controller("kernel-proof", kernel_audit.step, resync_s=1.0),
         Controller("count", count, resync_s=5.0),
     ):
         controllers.add(controller)
@@ -397,6 +407,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         proxy=proxy,
         controllers=controllers,
         tables=all_tables,
+        kernel_audit=kernel_audit,
         problems=problems,
     )
     attach_mode = config.attach if config.attach != "auto" else "tcx" if has_tcx() else "clsact"
@@ -428,6 +439,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                     regeneration=regeneration,
                     calculation=calculation,
                     endpoints=endpoints,
+                    kernel_audit=kernel_audit,
                 ),
                 datapath=server.DatapathServer(
                     dumps=dumps, endpoints=endpoints, datapath=datapath, monitor=monitor

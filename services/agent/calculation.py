@@ -41,6 +41,7 @@ from cilia.policy import (
     L7Set,
     PolicyEngine,
     ResolvedPolicy,
+    RuleRef,
     Service,
     is_node,
 )
@@ -202,6 +203,13 @@ class Calculation:
     @property
     def identities(self) -> Mapping[NumericIdentity, Labels]:
         return self._identities
+
+    def rule_of(self, rule_id: int) -> RuleRef | None:
+        """Where a rule was written; None of 0, and of one that is not known any more."""
+        try:
+            return self.engine.rule(rule_id) if rule_id else None
+        except KeyError:
+            return None
 
     def labels_of(self, identity: NumericIdentity) -> Labels | None:
         return self._identities.get(identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address
 
 from cilia.bpf.probe import Feature
@@ -23,6 +23,7 @@ from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2
 from services.agent.clients import Outcome
 from services.agent.clusterwatch import PolicyEntry, PolicyName
+from services.agent.drift import Drift
 from services.agent.dumps import (
     ConntrackDump,
     EndpointDump,
@@ -33,6 +34,7 @@ from services.agent.dumps import (
 from services.agent.endpoint import Endpoint, LogEntry, health_of
 from services.agent.eventmeta import EndpointNews, Told
 from services.agent.ipam import PoolStatus
+from services.agent.kernelaudit import Report
 from services.agent.lives import AddRequest
 from services.agent.monitor import Decoded, Party
 from services.agent.notifications import Notification
@@ -204,6 +206,34 @@ def verdict_to_proto(verdict: Verdict) -> agent_pb2.DirectionVerdict:
         reason=verdict.reason,
         rules=[rule_to_proto(rule) for rule in verdict.rules],
         default_deny=[rule_to_proto(rule) for rule in verdict.default_deny],
+    )
+
+
+def audit_to_proto(
+    report: Report, rule_of: Callable[[int], RuleRef | None], selftest: str
+) -> agent_pb2.AuditKernelResponse:
+    return agent_pb2.AuditKernelResponse(
+        rows=report.rows,
+        policies=report.policies,
+        cells=report.cells,
+        skipped=report.skipped,
+        drifted=report.drifted,
+        repaired=report.repaired,
+        drifts=[_drift(drift, rule_of(drift.rule_id)) for drift in report.drifts],
+        seconds=report.seconds,
+        selftest=selftest,
+    )
+
+
+def _drift(drift: Drift, rule: RuleRef | None) -> agent_pb2.KernelDrift:
+    return agent_pb2.KernelDrift(
+        map=drift.map,
+        row=drift.row,
+        expected=drift.expected,
+        found=drift.found,
+        subject=str(drift.subject) if drift.subject is not None else "",
+        endpoints=drift.users,
+        rule=rule_to_proto(rule) if rule is not None else None,
     )
 
 

@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 PROGRAMS: Final = {
     "bpf_lxc.o": ("from_endpoint", "to_endpoint"),
+    "bpf_audit.o": ("audit_policy", "audit_selftest"),
     "bpf_host.o": ("from_netdev", "to_netdev", "assign_socket"),
 }
 MAPS: Final = (

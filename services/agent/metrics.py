@@ -31,6 +31,18 @@ REDIRECT_RESTORED = _PROXY.counter(
 )
 L7_RECORDS = _PROXY.counter("records_total", "Requests the proxy told of, by verdict.", ["verdict"])
 L7_LOST = _PROXY.counter("records_lost_total", "Requests the proxy could not tell of.")
+KERNEL_DRIFT = _DATAPATH.gauge(
+    "kernel_drift", "Rows and verdicts of the kernel that are wrong and could not be repaired."
+)
+KERNEL_DRIFTS = _DATAPATH.counter(
+    "kernel_drifts_total", "Rows and verdicts that were found otherwise than written.", ["map"]
+)
+KERNEL_CELLS = _DATAPATH.counter(
+    "kernel_audit_cells_total", "Policy cells whose verdict was compared with the engine's."
+)
+AUDIT_SELFTESTS = _POLICY.counter(
+    "audit_selftests_total", "Trials of the audit path, by outcome: heard or silent.", ["outcome"]
+)
 IPAM_ADDRESSES = _IPAM.gauge("addresses_count", "Addresses in use.", ["family"])
 EVENTS = _MONITOR.counter("events_total", "Events read from the ring.")
 EVENTS_LOST = _MONITOR.gauge("events_lost_count", "Events the programs could not write.")

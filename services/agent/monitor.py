@@ -289,6 +289,8 @@ class Decoder:
             explanation = f"{verdict.lower() or 'forwarded'}{f': {reason}' if reason else ''}" + (
                 f", by {rule}" if rule is not None else ""
             )
+        if flags & k.EVENT_F_SELFTEST:
+            explanation = f"self-test of the audit path, no packet: {explanation}"
         return Decoded(
             time_ns=int(event["time_ns"]) + wall_offset_ns(),
             type=_TYPE.get(kind, str(kind)),

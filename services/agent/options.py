@@ -178,6 +178,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="between removals of connections that are over",
     )
+    add(
+        "--resync-interval",
+        type=float,
+        default=_DEFAULT.resync_interval_s,
+        metavar="S",
+        help="the kernel is compared with what it should hold this often",
+    )
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", choices=levels, default="info", help="the least that is logged")
     add(
@@ -261,6 +268,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         identity_timeout_s=a.identity_timeout,
         cidr_release_delay_s=a.cidr_release_delay,
         conntrack_gc_interval_s=a.conntrack_gc_interval,
+        resync_interval_s=a.resync_interval,
     )
     check(config)
     node_labels(config.node_labels)

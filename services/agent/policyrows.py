@@ -7,8 +7,10 @@ arithmetic without a Python object per row.
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_META_HAS_DENY
-from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress
-from cilia.policy import MapState, PolicyEntry, PolicyKey
-from cilia.policy.mapstate import L4Key
+from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress, split_plen_egress
+from cilia.policy import PROTO_NAMES, MapState, PolicyEntry, PolicyKey
+from cilia.policy.mapstate import PLEN_PROTO, L4Key
 
 U64Array = npt.NDArray[np.uint64]
 
@@ -132,6 +134,10 @@ class PolicyRows:
         out[:, 0] = self.values
         return out.view(POLICY_VALUE).reshape(len(self.values))
 
+    def digest(self) -> bytes:
+        """Equal of equal rows."""
+        return hashlib.blake2b(self.keys.tobytes() + self.values.tobytes(), digest_size=16).digest()
+
     def take(self, chosen: npt.NDArray[Any]) -> PolicyRows:
         return PolicyRows(self.keys[chosen], self.values[chosen])
 
@@ -186,6 +192,7 @@ class RowsDelta:
         )
 
 
+_WORD: Final = struct.Struct("=I2sBB")  # the lasting half of a value
 _KEY: Final = struct.Struct("=I2sBB")
 _VALUE: Final = struct.Struct("=I2sBBQ")
 
@@ -237,6 +244,50 @@ def changes(old: MapState, new: MapState, fill: Fill) -> Writes:
         else:
             writes.put_allows.append((packed, value))
     return writes
+
+
+def row_text(key: PolicyKey) -> str:
+    """A row's key for people."""
+    peer = f"identity {key.identity}" if key.identity else "anybody"
+    where = f"egress to {peer}" if key.egress else f"ingress from {peer}"
+    if key.plen <= PLEN_PROTO:
+        return f"{where} on {PROTO_NAMES.get(key.proto, key.proto) if key.plen else 'any port'}"
+    ports = f"{key.port}" if key.port == key.last_port else f"{key.port}-{key.last_port}"
+    return f"{where} on {PROTO_NAMES.get(key.proto, key.proto)}/{ports}"
+
+
+def _value(word: int) -> tuple[int, int, int]:
+    """Rule, proxy port and flags."""
+    rule_id, port_be, flags, _ = _WORD.unpack(int(word).to_bytes(8, sys.byteorder))
+    return rule_id, int.from_bytes(port_be, "big"), flags
+
+
+def value_text(word: int) -> str:
+    """What a row says, from the lasting word of its value."""
+    rule_id, port, flags = _value(word)
+    how = "deny" if flags & POLICY_F_DENY else f"allow by proxy {port}" if port else "allow"
+    audited = ", audited" if flags & POLICY_F_AUDIT else ""
+    return f"{how}{audited}, {f'rule {rule_id}' if rule_id else 'no rule'}"
+
+
+def row_differences(
+    wanted: PolicyRows, found: PolicyRows, limit: int = 100
+) -> Iterator[tuple[str, str, str, int]]:
+    """(row, expected, found, rule) of rows that differ, as text; `limit` of them at most."""
+    ours = dict(zip(wanted.keys.tolist(), wanted.values.tolist(), strict=True))
+    theirs = dict(zip(found.keys.tolist(), found.values.tolist(), strict=True))
+    differing = sorted(x for x in ours.keys() | theirs.keys() if ours.get(x) != theirs.get(x))
+    for word in differing[:limit]:
+        row = np.array([word], "u8").view(POLICY_KEY)[0]
+        plen, egress = split_plen_egress(int(row["l4_plen_egress"]))
+        key = PolicyKey(int(row["identity"]), egress, int(row["proto"]), int(row["dport_be"]), plen)
+        now, due = theirs.get(word), ours.get(word)
+        yield (
+            row_text(key),
+            value_text(due) if due is not None else "absent",
+            value_text(now) if now is not None else "absent",
+            _value(due if due is not None else now or 0)[0],
+        )
 
 
 def difference(old: PolicyRows, new: PolicyRows) -> RowsDelta:

@@ -135,6 +135,7 @@ class Regeneration:
         self._epoch_of = (0, 0)  # what had changed when the epoch was last raised
         self.policymap.spare_by(self.endpointmap.slots)
         self._flushed_revision = 0  # what the last flush that ended well was made from
+        self.quiet = asyncio.Lock()  # held: no flush is under way, nor begins
         self._begun = 0  # flushes
         self._ended = 0  # the number of the last flush that ended well
         self._realised = asyncio.Event()
@@ -176,6 +177,10 @@ class Regeneration:
     @property
     def failing(self) -> dict[SubjectKey, str]:
         return dict(self._subject_errors)
+
+    def policy_in_force(self, key: SubjectKey) -> PolicyMapRow | None:
+        """What the subject's slot was made to hold; None while another is on its way there."""
+        return self._done(key)
 
     @property
     def node_policy(self) -> PolicyMapRow | None:
@@ -253,6 +258,10 @@ class Regeneration:
 
     async def flush(self) -> None:
         """One round. Row errors stay with their endpoints; raises only what stops everything."""
+        async with self.quiet:
+            await self._flush()
+
+    async def _flush(self) -> None:
         started = time.monotonic()
         self._begun += 1
         await self._save_policies()

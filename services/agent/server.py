@@ -27,6 +27,7 @@ from services.agent.dumps import CHUNK_ROWS, Dumps
 from services.agent.endpoint import Endpoint
 from services.agent.endpointtable import Endpoints
 from services.agent.eventmeta import EventMeaning
+from services.agent.kernelaudit import KernelAudit
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
 from services.agent.policydocs import PolicyDocuments
@@ -184,7 +185,9 @@ class PolicyServer(agent_pb2_grpc.PolicyServiceServicer):
         regeneration: Regeneration,
         calculation: Calculation,
         endpoints: Endpoints,
+        kernel_audit: KernelAudit,
     ) -> None:
+        self._kernel_audit = kernel_audit
         self._documents = documents
         self._view = view
         self._regeneration = regeneration
@@ -227,6 +230,14 @@ class PolicyServer(agent_pb2_grpc.PolicyServiceServicer):
             policies=[convert.policy_to_proto(entry) for entry in found],
             revision=self._view.policy_revision,
             realised_revision=self._regeneration.realised_revision,
+        )
+
+    async def AuditKernel(
+        self, request: agent_pb2.AuditKernelRequest, context: Context
+    ) -> agent_pb2.AuditKernelResponse:
+        report = await self._kernel_audit.everything()
+        return convert.audit_to_proto(
+            report, self._calculation.rule_of, str(self._kernel_audit.selftest)
         )
 
     async def Trace(

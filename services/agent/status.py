@@ -17,6 +17,7 @@ from services.agent.endpointtable import Endpoints
 from services.agent.host import HostNetwork
 from services.agent.identityalloc import IdentityAllocator
 from services.agent.ipam import Ipam, PoolStatus
+from services.agent.kernelaudit import KernelAudit
 from services.agent.monitor import Monitor
 from services.agent.proxy import Proxy
 from services.agent.regeneration import NO_POLICY_SET, Regeneration
@@ -71,6 +72,7 @@ class Status:
         controllers: ControllerSet,
         tables: Callable[[], tuple[TableDump, ...]],
         problems: list[str],
+        kernel_audit: KernelAudit,
     ) -> None:
         self._view = view
         self._session = session
@@ -86,6 +88,7 @@ class Status:
         self._controllers = controllers
         self._tables = tables
         self._problems = problems
+        self._kernel_audit = kernel_audit
         self.started_ns = time.time_ns()
 
     def look(self, *, tables: bool) -> NodeStatus:
@@ -96,6 +99,8 @@ class Status:
             self._redirects(),
             self._endpoint_component(),
             self._node_itself(),
+            self._kernel_proof(),
+            self._audit_mode(),
             self._pools(),
             self._state_files(),
         )
@@ -190,6 +195,14 @@ class Status:
         ]
         audited = ", audited only" if row.subject.audit else ""
         return Component("host-policy", "Ok", f"{', '.join(how)}: {row.size} rows{audited}")
+
+    def _kernel_proof(self) -> Component:
+        state, sentence = self._kernel_audit.summary()
+        return Component("kernel-proof", state, sentence)
+
+    def _audit_mode(self) -> Component:
+        test = self._kernel_audit.selftest
+        return Component("audit-mode", "Failure" if test.state == "silent" else "Ok", str(test))
 
     def _pools(self) -> Component:
         for pool in self._ipam.pools:

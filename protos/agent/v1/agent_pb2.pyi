@@ -808,6 +808,119 @@ class RuleRef(_message.Message):
 Global___RuleRef: _TypeAlias = RuleRef  # noqa: Y015
 
 @_typing.final
+class AuditKernelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditKernelRequest: _TypeAlias = AuditKernelRequest  # noqa: Y015
+
+@_typing.final
+class AuditKernelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    DRIFTED_FIELD_NUMBER: _builtins.int
+    REPAIRED_FIELD_NUMBER: _builtins.int
+    DRIFTS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    SELFTEST_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """of all maps, compared"""
+    policies: _builtins.int
+    """slots"""
+    cells: _builtins.int
+    """verdicts asked for and compared"""
+    drifted: _builtins.int
+    """rows and verdicts that were wrong"""
+    repaired: _builtins.bool
+    """and were right at a second look"""
+    seconds: _builtins.float
+    selftest: _builtins.str
+    """of the audit path"""
+    @_builtins.property
+    def skipped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """policies that were on their way"""
+
+    @_builtins.property
+    def drifts(self) -> _containers.RepeatedCompositeFieldContainer[Global___KernelDrift]:
+        """the first of them"""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        policies: _builtins.int = ...,
+        cells: _builtins.int = ...,
+        skipped: _abc.Iterable[_builtins.str] | None = ...,
+        drifted: _builtins.int = ...,
+        repaired: _builtins.bool = ...,
+        drifts: _abc.Iterable[Global___KernelDrift] | None = ...,
+        seconds: _builtins.float = ...,
+        selftest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "drifted", b"drifted", "drifts", b"drifts", "policies", b"policies", "repaired", b"repaired", "rows", b"rows", "seconds", b"seconds", "selftest", b"selftest", "skipped", b"skipped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditKernelResponse: _TypeAlias = AuditKernelResponse  # noqa: Y015
+
+@_typing.final
+class KernelDrift(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAP_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    map: _builtins.str
+    """cilia_policy, ..., or verdict"""
+    row: _builtins.str
+    expected: _builtins.str
+    found: _builtins.str
+    subject: _builtins.str
+    """whose policy"""
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def rule(self) -> Global___RuleRef:
+        """whose row, if it is one rule's"""
+
+    def __init__(
+        self,
+        *,
+        map: _builtins.str = ...,
+        row: _builtins.str = ...,
+        expected: _builtins.str = ...,
+        found: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        endpoints: _abc.Iterable[_builtins.str] | None = ...,
+        rule: Global___RuleRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rule", b"rule"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "expected", b"expected", "found", b"found", "map", b"map", "row", b"row", "rule", b"rule", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KernelDrift: _TypeAlias = KernelDrift  # noqa: Y015
+
+@_typing.final
 class DumpRequest(_message.Message):
     """---- datapath dumps"""
 

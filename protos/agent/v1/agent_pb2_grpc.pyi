@@ -91,6 +91,10 @@ class PolicyServiceStub:
     Delete: _aio.UnaryUnaryMultiCallable[_agent_pb2.DeleteRequest, _agent_pb2.DeleteResponse]
     Get: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetPoliciesRequest, _agent_pb2.GetPoliciesResponse]
     Trace: _aio.UnaryUnaryMultiCallable[_agent_pb2.TraceRequest, _agent_pb2.TraceResponse]
+    AuditKernel: _aio.UnaryUnaryMultiCallable[_agent_pb2.AuditKernelRequest, _agent_pb2.AuditKernelResponse]
+    """Compares the kernel's maps with what was written, and its verdicts with the engine's; what
+    differs is told, and repaired.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -121,6 +125,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.TraceRequest,
         context: _aio.ServicerContext[_agent_pb2.TraceRequest, _abc.Awaitable[_agent_pb2.TraceResponse]],
     ) -> _abc.Awaitable[_agent_pb2.TraceResponse]: ...
+
+    @_abc_1.abstractmethod
+    def AuditKernel(
+        self,
+        request: _agent_pb2.AuditKernelRequest,
+        context: _aio.ServicerContext[_agent_pb2.AuditKernelRequest, _abc.Awaitable[_agent_pb2.AuditKernelResponse]],
+    ) -> _abc.Awaitable[_agent_pb2.AuditKernelResponse]:
+        """Compares the kernel's maps with what was written, and its verdicts with the engine's; what
+        differs is told, and repaired.
+        """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _aio.Server) -> None: ...
 

@@ -15,11 +15,12 @@ from typing import Final
 import numpy as np
 
 from cilia.bpf.constants import EP_F_HOST, EP_F_OPEN
-from cilia.bpf.layout import ADDR, ENDPOINT, U32, to_addr
+from cilia.bpf.layout import ADDR, ENDPOINT, U32, from_addr, to_addr
 from cilia.identity import EndpointID
 from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
+from services.agent.drift import Drift, compare
 from services.agent.rows import EndpointMapRow
 
 assert ENDPOINT.fields is not None
@@ -46,6 +47,16 @@ def value_of(row: EndpointMapRow) -> bytes:
     return value.tobytes()
 
 
+def _text(value: bytes) -> str:
+    row = np.frombuffer(value, ENDPOINT)[0]
+    return (
+        f"endpoint {int(row['id'])}, identity {int(row['identity'])}, slot "
+        f"{int(row['policy_slot'])}, flags {int(row['flags']):#x}, interface "
+        f"{int(row['ifindex'])}, {from_addr(row['ip4'])}, {from_addr(row['ip6'])}, "
+        f"{bytes(row['mac']).hex(':')}, {bytes(row['node_mac']).hex(':')}"
+    )
+
+
 class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
     """Keeps the actual content of both maps, so that a restart writes only what differs."""
 
@@ -61,14 +72,42 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
     async def read_back(self) -> list[np.void]:
         """Take what is pinned as actual; returns the rows of cilia_ifindex."""
 
-        def read() -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
-            return (
-                dict(self._datapath.map("cilia_lxc").items()),
-                dict(self._datapath.map("cilia_ifindex").items()),
-            )
-
-        self._by_address, self._by_ifindex = await self._datapath.run(read)
+        self._by_address, self._by_ifindex = await self._datapath.run(self._read)
         return [np.frombuffer(value, ENDPOINT)[0] for value in self._by_ifindex.values()]
+
+    def _read(self) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+        return (
+            dict(self._datapath.map("cilia_lxc").items()),
+            dict(self._datapath.map("cilia_ifindex").items()),
+        )
+
+    async def reread(self) -> list[Drift]:
+        """Look at both maps again; what is not as it was written is due at the next flush."""
+        async with self.paused():
+            by_address, by_ifindex = await self._datapath.run(self._read)
+            drifts = compare(
+                "cilia_lxc",
+                self._by_address,
+                by_address,
+                key_text=lambda key: str(from_addr(key)),
+                value_text=_text,
+            )
+            drifts += compare(
+                "cilia_ifindex",
+                self._by_ifindex,
+                by_ifindex,
+                key_text=lambda key: f"interface {int.from_bytes(key, 'little')}",
+                value_text=_text,
+            )
+            if drifts:
+                self._by_address, self._by_ifindex = by_address, by_ifindex
+                self.identity_changes += 1  # somebody may have been taken for somebody else
+                self.trigger_resync()
+        return drifts
+
+    @property
+    def size(self) -> int:
+        return len(self._by_address) + len(self._by_ifindex)
 
     @property
     def has_node(self) -> bool:

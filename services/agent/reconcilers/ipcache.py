@@ -8,8 +8,11 @@ epoch is raised by Regeneration, once for all that a flush changed.)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from ipaddress import IPv4Address
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cilia.bpf import Map
 from cilia.bpf.layout import IPCACHE_KEY, IPCACHE_VALUE, from_addr, to_addr
@@ -17,6 +20,7 @@ from cilia.identity import NumericIdentity
 from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
+from services.agent.drift import Drift, compare
 from services.agent.rows import IpcacheRow, Network
 
 _V4_BITS = 96  # of the IPv4-mapped prefix
@@ -48,6 +52,22 @@ def value_of(row: IpcacheRow) -> bytes:
     return value.tobytes()
 
 
+def _rows(array: npt.NDArray[Any]) -> list[bytes]:
+    raw, size = array.tobytes(), array.dtype.itemsize
+    return [raw[at : at + size] for at in range(0, len(raw), size)]
+
+
+def _prefix_text(key: bytes) -> str:
+    return str(prefix_of(np.frombuffer(key, IPCACHE_KEY)[0]))
+
+
+def _value_text(value: bytes) -> str:
+    row = np.frombuffer(value, IPCACHE_VALUE)[0]
+    tunnel = f", tunnel {IPv4Address(int(row['tunnel_be']))}" if row["tunnel_be"] else ""
+    flags = f", flags {int(row['flags']):#x}" if row["flags"] else ""
+    return f"identity {int(row['identity'])}{tunnel}{flags}"
+
+
 class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
     """Knows what the trie holds, so unchanged rows cost nothing and raise no epoch."""
 
@@ -63,6 +83,24 @@ class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
 
     async def read_back(self) -> None:
         self._actual = await self._datapath.run(lambda: dict(self._map.items()))
+
+    async def reread(self) -> list[Drift]:
+        """Look at the trie again; what is not as it was written is due at the next flush."""
+        async with self.paused():
+            keys, values = await self._datapath.run(self._map.items_np, IPCACHE_KEY, IPCACHE_VALUE)
+            found = dict(zip(_rows(keys), _rows(values), strict=True))
+            drifts = compare(
+                "cilia_ipcache", self._actual, found, key_text=_prefix_text, value_text=_value_text
+            )
+            if drifts:
+                self._actual = found
+                self.changes += 1  # somebody may have been admitted by it
+                self.trigger_resync()
+        return drifts
+
+    @property
+    def size(self) -> int:
+        return len(self._actual)
 
     def identities(self) -> frozenset[NumericIdentity]:
         """Those that the kernel calls some prefix by."""

@@ -22,6 +22,7 @@ pinned array is always the last that was given, and no connection can outlive it
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -37,6 +38,7 @@ from cilia.errors import ExhaustedError
 from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.datapath import Datapath
+from services.agent.drift import Drift
 from services.agent.endpoint import SlotIndex, SubjectKey
 from services.agent.policyrows import (
     NO_MASKS,
@@ -46,6 +48,7 @@ from services.agent.policyrows import (
     Writes,
     changes,
     difference,
+    row_differences,
 )
 from services.agent.rows import PolicyMapRow
 
@@ -54,6 +57,7 @@ log = structlog.get_logger()
 CHANGING: Final = 1 << 0  # policy_meta.flags
 _SMALLEST: Final = 256  # 16 bytes each: a map that is outgrown costs its subject a grace period
 _ROWWISE_LIMIT: Final = 512
+_REV_BELIEVED: Final = 1 << 31  # a larger one than we come to is nonsense
 
 
 class PolicyTooLarge(ExhaustedError):
@@ -85,6 +89,7 @@ class _Actual:
     masks: Masks
     rev: int
     changing: bool
+    digest: bytes = b""  # of the rows, once somebody asked
 
     @property
     def rows(self) -> PolicyRows:
@@ -110,6 +115,21 @@ class _Change:
     @property
     def slot(self) -> int:
         return self.row.slot
+
+
+def _masks_of(meta: np.void) -> Masks:
+    """Of a row of cilia_policy_meta."""
+    id_, any_ = meta["plens_id"], meta["plens_any"]
+    return Masks((int(id_[0]), int(id_[1])), (int(any_[0]), int(any_[1])))
+
+
+def _meta_text(rev: int, masks: Masks, flags: int) -> str:
+    lengths = " ".join(f"{x:#x}" for x in (*masks.id, *masks.any))
+    return f"revision {rev}, lengths {lengths}, flags {flags:#x}"
+
+
+def _stray(slot: int) -> Drift:
+    return Drift(map="cilia_policy", row=f"slot {slot}", expected="empty", found="a policy")
 
 
 class PolicyMaps:
@@ -154,16 +174,72 @@ class PolicyMaps:
             row=None,
             found=found,
             size=len(found),
-            masks=Masks(
-                (int(meta["plens_id"][0]), int(meta["plens_id"][1])),
-                (int(meta["plens_any"][0]), int(meta["plens_any"][1])),
-            ),
+            masks=_masks_of(meta),
             rev=int(meta["rev"]),
             changing=bool(meta["flags"] & CHANGING),
         )
 
     def slots(self) -> frozenset[int]:
         return frozenset(self._actual)
+
+    def strays(self) -> list[int]:
+        """Slots in which programs would find something, and nothing was written."""
+        slots, metas = self._meta.items_np(U32, POLICY_META)
+        used = (metas["plens_id"] != 0).any(axis=1) | (metas["plens_any"] != 0).any(axis=1)
+        return [slot for slot in slots[used].tolist() if slot not in self._actual]
+
+    def reread(self, slot: int) -> list[Drift]:
+        """Look at a slot again; one that is not as it was written is forgotten, and due.
+
+        Reads a map state: not while the calculation changes.
+        """
+        actual = self._actual.get(slot)
+        if actual is None:
+            self._read_slot(slot)
+            return [_stray(slot)] if slot in self._actual else []
+        row = actual.row
+        subject, users = (row.subject, row.users) if row is not None else (None, ())
+        drifts: list[Drift] = []
+
+        def drifted(name: str, which: str, expected: str, found: str, rule_id: int = 0) -> None:
+            drifts.append(
+                Drift(
+                    map=name,
+                    row=f"slot {slot}{which}",
+                    expected=expected,
+                    found=found,
+                    subject=subject,
+                    users=users,
+                    rule_id=rule_id,
+                )
+            )
+
+        raw = self._meta.lookup(int(slot).to_bytes(4, "little"))
+        wanted = _meta_text(actual.rev, actual.masks, CHANGING if actual.changing else 0)
+        meta = np.frombuffer(raw or bytes(POLICY_META.itemsize), POLICY_META)[0]
+        met = _meta_text(int(meta["rev"]), _masks_of(meta), int(meta["flags"]))
+        if met != wanted:
+            drifted("cilia_policy_meta", "", wanted, met)
+        inner_id = self._policy.inner_id(slot)
+        if inner_id is None:
+            drifted("cilia_policy", "", f"{actual.size} rows", "no map")
+        else:
+            with contextlib.closing(Map.from_id(inner_id, f"policy {slot}")) as inner:
+                found = PolicyRows.from_arrays(*inner.items_np(POLICY_KEY, POLICY_VALUE))
+            if actual.digest != (seen := found.digest()):
+                rows = actual.rows
+                actual.digest = rows.digest()
+                if actual.digest != seen:
+                    for which, expected, now, rule_id in row_differences(rows, found):
+                        drifted("cilia_policy", f" {which}", expected, now, rule_id)
+        if drifts:
+            # It is made anew, with a map of its own: that in the slot may be another slot's. And
+            # with a new revision, above whatever stands there: connections were admitted under it.
+            self._actual.pop(slot)
+            actual.inner.close()
+            if int(meta["rev"]) < _REV_BELIEVED:
+                self._last_rev = max(self._last_rev, int(meta["rev"]))
+        return drifts
 
     def write(self, rows: Iterable[PolicyMapRow]) -> dict[SubjectKey, Exception]:
         """Make the slots hold these policies; returns what failed: PolicyTooLarge, BpfError."""
@@ -383,6 +459,23 @@ class PolicyMapReconciler(Reconciler[SubjectKey, PolicyMapRow]):
             limit=self._limit,
         )
         await self._datapath.run(self._maps.read_back)
+
+    async def reread(self, slots: Collection[int]) -> list[Drift]:
+        """Look at slots again, all of which are few: the calculation waits meanwhile."""
+
+        def look() -> list[Drift]:
+            return [drift for slot in slots for drift in self.maps.reread(slot)]
+
+        async with self.paused():
+            drifts = await self._datapath.run(look)
+        if drifts:
+            self.trigger_resync()
+        return drifts
+
+    async def strays(self) -> list[int]:
+        """Slots that hold something although nobody wrote it."""
+        async with self.paused():
+            return await self._datapath.run(self.maps.strays)
 
     async def update_batch(
         self, rows: Mapping[SubjectKey, PolicyMapRow]
