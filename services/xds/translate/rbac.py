@@ -116,7 +116,12 @@ def hard_conditions(
         if expected is None:
             return None
         found.append(_header(who, match.name, expected))
-    return found
+    # The first that fails ends it: comparisons before expressions, and the method last of each.
+    return sorted(found, key=_cost)
+
+
+def _cost(condition: route_pb2.HeaderMatcher) -> tuple[bool, bool]:
+    return (condition.string_match.HasField("safe_regex"), condition.name == ":method")
 
 
 def expected_value(match: HeaderMatch, secrets: SecretReader) -> str | None:

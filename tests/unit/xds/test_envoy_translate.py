@@ -186,14 +186,20 @@ def test_all_fields_of_a_rule_must_match() -> None:
     )
     assert permissions(redirect(rule)) == [
         [
-            (":method", "exact", "GET"),
             (":path", "prefix", "/v1/"),
             (":authority", "exact", "api.example"),
             ("x-up", "present", ""),
             ("x_up", "absent", ""),
             ("team", "exact", "blue red"),
+            (":method", "exact", "GET"),
         ]
     ]
+
+
+def test_what_is_cheap_is_asked_first() -> None:
+    rule = HTTPRule(method="GET|PUT", path="/v[12]/.*", host="a", headers=("B",))
+    (conditions,) = permissions(redirect(rule))
+    assert [name for name, _, _ in conditions] == [":authority", "b", ":path", ":method"]
 
 
 def test_rules_of_one_id_are_ways_of_one_policy() -> None:
