@@ -139,6 +139,12 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"wrk said: {text}"
+    return match[1]
+
+
 def _load(node: EnvoyNode, number: int, seconds: int) -> tuple[float, float, float]:
     """Requests a second, Envoy's CPU microseconds a request, and wrk's median latency in us."""
     pid = node.supervisor.state.pid
@@ -150,8 +156,8 @@ def _load(node: EnvoyNode, number: int, seconds: int) -> tuple[float, float, flo
     ).stdout  # fmt: skip
     if "Non-2xx" in out:
         raise RuntimeError(f"requests were denied: {out}")
-    done = int(re.search(r"(\d+) requests in", out)[1])  # type: ignore[index]  # wrk's own format
-    rate = float(re.search(r"Requests/sec: +([\d.]+)", out)[1])
+    done = int(_first(r"(\d+) requests in", out))
+    rate = float(_first(r"Requests/sec: +([\d.]+)", out))
     half = re.search(r"50%\s+([\d.]+)(us|ms|s)", out)
     assert half is not None
     unit = {"us": 1.0, "ms": 1e3, "s": 1e6}[half[2]]
@@ -164,7 +170,7 @@ async def _compare(*, access_log: bool) -> list[dict[str, Any]]:
     name = "log" if access_log else "nolog"
     settings = NodeSettings(access_log=access_log)
     async with EnvoyNode(f"bench{name}", settings) as node:
-        node.records = _Sink()  # type: ignore[assignment]  # what is kept here would only be memory
+        node.records = _Sink()  # what is kept here would only be memory
         with _server(node):
             _plain(node, WITHOUT)
             await node.apply(redirect(WITH, *RULES))
