@@ -47,6 +47,7 @@ _LISTENERS: Final = "listeners"
 _CHAIN: Final = "prerouting"
 _MANGLE: Final = -150  # NF_IP_PRI_MANGLE, where other users of tproxy are too
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_WRITES: Final = 5
 _LO: Final = 1  # the kernel gives it this index in every namespace
 
 _FR_ACT_TO_TBL: Final = 1
@@ -128,10 +129,25 @@ def _equals(left: dict[str, Any], right: str) -> dict[str, Any]:
     return {"match": {"op": "==", "left": left, "right": right}}
 
 
-def write_table(ports: Collection[int]) -> list[dict[str, Any]] | None:
-    """Make the table what it should be. Returns what is there then. Raises NftError."""
-    nft.apply(commands(ports))
-    return read_table()
+def write_table(ports: Collection[int]) -> list[dict[str, Any]]:
+    """Make the table what it should be. Returns how nft shows it. Raises NftError."""
+    for _ in range(_WRITES):
+        nft.apply(commands(ports))
+        found = read_table()
+        # Somebody may have changed it in between: that is not to be taken for ours.
+        if found is not None and _is_whole(found, ports):
+            return found
+    raise nft.NftError(f"somebody keeps changing the nft table {FAMILY} {TABLE}")
+
+
+def _is_whole(found: list[dict[str, Any]], ports: Collection[int]) -> bool:
+    wanted = commands(ports)
+    elements = [tuple(x) for item in found if "map" in item for x in item["map"].get("elem", ())]
+    return (
+        sum("rule" in item for item in found) == sum("rule" in c.get("add", ()) for c in wanted)
+        and any(item.get("chain", {}).get("hook") == "prerouting" for item in found)
+        and sorted(elements) == sorted((mark_of(port), port) for port in ports)
+    )
 
 
 def read_table() -> list[dict[str, Any]] | None:

@@ -192,6 +192,8 @@ class Proxy:
     def _feed(self, states: list[ListenerState]) -> None:
         moved = self.redirects.feed(states)
         self._told.set()
+        if self.redirects.unsent:
+            self._moved(frozenset())  # a flush saves, opens the way, and tells
         if moved:
             self._moved(moved)
         self._count()

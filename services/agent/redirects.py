@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import structlog
 
@@ -33,6 +33,8 @@ from cilia.telemetry import fields
 from services.agent.endpoint import SubjectKey
 
 log = structlog.get_logger()
+
+_TRIES: Final = 3  # other ports for a listener that the proxy refuses from the first
 
 Content = tuple[str, str]  # digests of the sets for egress and for ingress; "" for none
 Pair = tuple[L7Set, L7Set]  # of an egress and of an ingress policy that meet on a connection
@@ -58,6 +60,8 @@ class Listener:
     message: str = ""
     version: str = ""
     idle_since: float | None = None  # nobody needs it from then on
+    proven: bool = False  # the proxy had this port open at some time
+    tries: int = 0  # ports before this one that the proxy could not have
     sent: int = 0  # sequence of the request that last spoke of it, in this stream
     users: int = 0
 
@@ -154,7 +158,7 @@ class Redirects:
 
     def waiting(self) -> list[Listener]:
         """Those that somebody needs and that do not enforce what is wanted."""
-        return [x for x in self._listeners.values() if x.idle_since is None and not x.ready]
+        return [x for x in self._by_content.values() if x.idle_since is None and not x.ready]
 
     # ---- what is wanted
 
@@ -197,7 +201,7 @@ class Redirects:
         for content, listener in self._by_content.items():
             if content not in wanted and listener.idle_since is None:
                 listener.idle_since, listener.users = now, 0
-        return bool(self._changed or self._removed)
+        return self.unsent
 
     def _successors(
         self, now: Mapping[SubjectKey, frozenset[str]], sets: Mapping[str, L7Set]
@@ -288,6 +292,10 @@ class Redirects:
 
     # ---- the proxy
 
+    @property
+    def unsent(self) -> bool:
+        return bool(self._changed or self._removed)
+
     def snapshot(self) -> tuple[list[Listener], list[int]]:
         """All listeners, for a proxy that may know anything or nothing."""
         self._changed.clear()
@@ -328,7 +336,7 @@ class Redirects:
                 continue  # about rules that are being replaced
             listener.version = said.version
             if said.state == "acked":
-                listener.state, listener.message = State.READY, ""
+                listener.state, listener.message, listener.proven = State.READY, "", True
                 if listener.enforced != said.digest:
                     listener.enforced = said.digest
                     moved.update(digest for digest in listener.content if digest)
@@ -339,9 +347,25 @@ class Redirects:
                         **{fields.ADDRESS: said.port, fields.ERROR: said.message},
                     )
                 listener.state, listener.message = State.FAILED, said.message
+                if not listener.proven and listener.tries < _TRIES:
+                    self._elsewhere(listener)
             elif not listener.ready:
                 listener.state, listener.message = State.PENDING, said.message
         return frozenset(moved)
+
+    def _elsewhere(self, listener: Listener) -> None:
+        """It may be the port that the proxy cannot have: somebody bound it before."""
+        del self._by_content[listener.content]
+        other = self._open(listener.content)
+        if other is None:
+            self._by_content[listener.content] = listener
+            return
+        other.egress, other.ingress, other.users = listener.egress, listener.ingress, listener.users
+        other.idle_since, other.tries = listener.idle_since, listener.tries + 1
+        other.message = listener.message
+        listener.state = State.LEAVING
+        self._changed.discard(listener.port)
+        self._removed.add(listener.port)
 
     def _forget(self, listener: Listener) -> None:
         del self._listeners[listener.port]
@@ -369,7 +393,7 @@ class Redirects:
             raise statefile.StateFileDamaged(self._path, str(error)) from error
         for listener in found:
             if listener.ready:
-                listener.state = State.READY
+                listener.state, listener.proven = State.READY, True
             self._listeners[listener.port] = listener
             self._by_content[listener.content] = listener
 
@@ -392,6 +416,7 @@ class Redirects:
                 "enforced": listener.enforced,
             }
             for port, listener in sorted(self._listeners.items())
+            if listener.state is not State.LEAVING
         }
 
 

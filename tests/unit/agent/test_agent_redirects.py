@@ -106,10 +106,29 @@ def test_equal_sets_share_a_listener(desk: Desk) -> None:
 def test_what_the_proxy_refuses_is_not_named(desk: Desk) -> None:
     desk.want(A)
     (port,), _ = desk.sent()
+    desk.says(port, "acked")
+    desk.want(B)
+    desk.sent()
     desk.says(port, "failed", message="no such regex")
     (waiting,) = desk.redirects.waiting()
     assert (waiting.state, waiting.message) == (State.FAILED, "no such regex")
-    assert desk.redirects.port(A) is None
+    assert desk.redirects.port(B) is None
+
+
+def test_a_port_that_the_proxy_cannot_have(desk: Desk) -> None:
+    """Another one is tried, three times."""
+    desk.want(A)
+    (port,), _ = desk.sent()
+    for _ in range(3):
+        desk.says(port, "failed", message="cannot bind")
+        (other,), removed = desk.sent()
+        assert removed == [port]
+        assert other != port
+        port = other
+    desk.says(port, "failed", message="cannot bind")
+    assert desk.sent() == ([], [])
+    (waiting,) = desk.redirects.waiting()
+    assert waiting.state is State.FAILED
 
 
 def test_changed_rules_keep_their_port(desk: Desk) -> None:
