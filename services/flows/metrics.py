@@ -645,6 +645,16 @@ class FlowMetrics:
         for family in self.families:
             family.count(rows)
 
+    def sums(self) -> list[tuple[str, str, dict[str, str], float]]:
+        """Every series of every counter: name, help, labels, value."""
+        return [
+            (family.name, family.help, dict(zip(names, labels, strict=True)), value)
+            for family in self.families
+            if isinstance(family, _Counter)
+            for names in [[column.name for column in family.columns]]
+            for labels, value in list(family.values.items())
+        ]
+
     def collect(self) -> Iterator[Metric]:
         for family in self.families:
             yield from family.collect()
