@@ -148,10 +148,11 @@ def _first(pattern: str, text: str) -> str:
 def _load(node: EnvoyNode, number: int, seconds: int) -> tuple[float, float, float]:
     """Requests a second, Envoy's CPU microseconds a request, and wrk's median latency in us."""
     pid = node.supervisor.state.pid
+    address = f"10.9.{number}.1"
+    url = f"http://{address}{PATH}"
     began = _cpu_s(pid)
     out = subprocess.run(
-        node.inside("wrk", "-t1", "-c16", f"-d{seconds}s", "--latency",
-                    f"http://10.9.{number}.1{PATH}"),
+        node.inside("wrk", "-t1", "-c16", f"-d{seconds}s", "--latency", url),
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     if "Non-2xx" in out:
