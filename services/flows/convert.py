@@ -32,8 +32,10 @@ from services.flows.filterspec import (
     FlowQuery,
     InterfaceSpec,
 )
+from services.flows.ingest import AgentBatch
 from services.flows.interning import AnyArray
 from services.flows.ledger import Cause, Loss
+from services.flows.notes import Note
 from services.flows.world import EndpointInfo, Meaning, PolicyRef, RemoteInfo
 
 MAX_FILTERS: Final = 256  # in one list
@@ -315,6 +317,20 @@ def policy_ref(message: agent_pb2.RuleRef) -> PolicyRef:
     origin = message.origin
     where = f"{origin.source}:{origin.line}" if origin.line else origin.source
     return PolicyRef(kind, namespace if slash else "", name, message.path, where)
+
+
+def agent_batch(message: agent_pb2.EventBatch) -> AgentBatch:
+    """Raises EventsInvalid."""
+    return AgentBatch(
+        events=events_from_proto(message.events),
+        wall_offset_ns=message.wall_offset_ns,
+        lost_ring=message.lost_ring,
+        lost_transport=message.lost_transport,
+        meaning=meaning_from_proto(message.meaning) if message.HasField("meaning") else None,
+        notes=tuple(
+            Note(one.time_ns, agent_event(one).SerializeToString()) for one in message.notifications
+        ),
+    )
 
 
 # ---- agent events

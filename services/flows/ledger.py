@@ -49,6 +49,7 @@ class Ledger:
         self._path = path
         self._run = run
         self._rows: list[Loss] = []
+        self._opened_ns = 0  # when the last row was entered, to its end then
         self._unsaved: list[Loss] = []
         self.damaged_lines = 0
         self.forgotten = 0
@@ -88,12 +89,12 @@ class Ledger:
             last is not None
             and (last.run, last.cause, last.detail) == (loss.run, cause, detail)
             and cause is not Cause.CLOCK
-            and 0 <= loss.from_ns - last.to_ns <= _MERGE_NS
-            and loss.to_ns - last.from_ns <= _MERGE_NS
+            and 0 <= loss.to_ns - self._opened_ns <= _MERGE_NS
             and (last.count is None) == (count is None)
         ):
             loss = replace(
                 last,
+                from_ns=min(last.from_ns, loss.from_ns),
                 to_ns=loss.to_ns,
                 row=row,
                 count=None if count is None or last.count is None else last.count + count,
@@ -104,12 +105,23 @@ class Ledger:
             else:
                 self._unsaved.append(loss)
         else:
+            self._opened_ns = loss.to_ns
             self._rows.append(loss)
             self._unsaved.append(loss)
         if len(self._rows) > _MAX_ROWS:
             self.forgotten += len(self._rows) - _MAX_ROWS
             del self._rows[: len(self._rows) - _MAX_ROWS]
         return loss
+
+    def extend(self, cause: Cause, to_ns: int) -> None:
+        """Lets the last gap of that cause, which is still open, reach to a later time."""
+        for at in range(len(self._rows) - 1, -1, -1):
+            row = self._rows[at]
+            if row.cause is cause and row.run == self._run:
+                self._rows[at] = replace(row, to_ns=max(row.to_ns, to_ns))
+                kept = [one for one in self._unsaved if one != row]
+                self._unsaved = [*kept, self._rows[at]]
+                return
 
     @property
     def end(self) -> int:
@@ -139,6 +151,7 @@ class Ledger:
         """Reads what earlier runs wrote. A line that cannot be read is counted and skipped."""
         if self._path is None or not self._path.exists():
             return
+        places: dict[tuple[int, Cause, int, str], int] = {}
         with self._path.open("rb") as file:
             for line in file:
                 try:
@@ -148,21 +161,21 @@ class Ledger:
                 except (ValueError, TypeError, KeyError):
                     self.damaged_lines += 1
                     continue
-                last = self._rows[-1] if self._rows else None
-                if last is not None and (last.run, last.cause, last.from_ns, last.detail) == (
-                    loss.run,
-                    loss.cause,
-                    loss.from_ns,
-                    loss.detail,
-                ):
-                    self._rows[-1] = loss  # the same gap, grown
+                key = (loss.run, loss.cause, loss.from_ns, loss.detail)
+                if key in places:
+                    self._rows[places[key]] = loss  # the same gap, grown
                 else:
+                    places[key] = len(self._rows)
                     self._rows.append(loss)
         del self._rows[: max(0, len(self._rows) - _MAX_ROWS)]
 
     def take_unsaved(self) -> list[Loss]:
         rows, self._unsaved = self._unsaved, []
         return rows
+
+    def put_back(self, rows: list[Loss]) -> None:
+        """What could not be saved after all."""
+        self._unsaved = rows + self._unsaved
 
     def append(self, rows: list[Loss]) -> None:
         """Raises OSError; the rows stay in memory anyhow."""

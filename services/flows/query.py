@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.flows.filterspec import FlowQuery
+from services.flows.interning import I64
 from services.flows.ledger import Cause, Loss
 from services.flows.matching import Matcher
 from services.flows.rows import Rows
@@ -116,9 +117,7 @@ class Cursor:
                 cut = losses.next_row(first, first + count)
                 if cut is not None:
                     count = cut - first
-                if count:
-                    self._span(first, count)
-                    self.position = first + count
+                self.position = self._span(first, count)
                 losses.emit(self.position)
                 worked += 1
                 if worked % 8 == 0 or self._pending_rows() >= _BATCH:
@@ -152,15 +151,32 @@ class Cursor:
         )
         self.position = tail
 
-    def _span(self, first: int, count: int) -> None:
+    def _span(self, first: int, count: int) -> int:
+        """Looks at rows of memory; where to go on, at most a batch of matches further."""
         low, high = self._store.ring.bounds(first)
         query = self._query
         if query.since_ns is not None and high < query.since_ns:
-            return
+            return first + count
         if query.until_ns is not None and low > query.until_ns:
-            return
+            return first + count
+        if not self._filtered(low, high):
+            count = min(count, _BATCH)
         rows = self._store.rows(first, count)
-        self._give(rows, self._mask(rows, low, high))
+        mask = self._mask(rows, low, high)
+        which = np.arange(count) if mask is None else np.flatnonzero(mask)
+        if len(which) > _BATCH:
+            which = which[:_BATCH]
+            count = int(which[-1]) + 1
+        for part in self._parts(rows, which):
+            self._pending.append(part)
+        return first + count
+
+    def _filtered(self, low: int, high: int) -> bool:
+        query = self._query
+        return not self._matcher.everything or (
+            (query.since_ns is not None and low < query.since_ns)
+            or (query.until_ns is not None and high > query.until_ns)
+        )
 
     def _mask(self, rows: Rows, low: int, high: int) -> npt.NDArray[np.bool_] | None:
         """Which of them are asked for; None: all."""
@@ -180,27 +196,24 @@ class Cursor:
                 found[which[self._matcher.mask(rows.take(which))]] = True
         return found
 
-    def _give(self, rows: Rows, mask: npt.NDArray[np.bool_] | None) -> None:
-        which = np.arange(len(rows)) if mask is None else np.flatnonzero(mask)
+    def _parts(self, rows: Rows, which: I64) -> Iterator[Rows]:
+        """Those rows, a batch at a time, as copies: the ring goes on."""
         which = which[: self._left]
         self._left -= len(which)
         self.given += len(which)
         for at in range(0, len(which), _BATCH):
             part = which[at : at + _BATCH]
-            if len(part) and int(part[-1]) - int(part[0]) == len(part) - 1:
-                # Contiguous: still copied, for the ring goes on.
-                start = int(part[0])
-                taken = rows.take(slice(start, start + len(part)))
-                taken = Rows(
+            first = int(part[0])
+            if int(part[-1]) - first == len(part) - 1:
+                taken = rows.take(slice(first, first + len(part)))
+                yield Rows(
                     taken.run,
                     taken.numbers,
                     {name: column.copy() for name, column in taken.columns.items()},
                     taken.dimensions,
                 )
             else:
-                taken = rows.take(part)
-            if len(part):
-                self._pending.append(taken)
+                yield rows.take(part)
 
     # ---- the newest of them
 
@@ -238,7 +251,7 @@ class Cursor:
         assert segments is not None
         looked = 0
         chosen: list[tuple[Segment, int]] = []
-        for segment in reversed(segments.list(None, self._query.until_ns)):
+        for segment in reversed(segments.between(None, self._query.until_ns)):
             if wanted <= 0 or looked >= _BACK_ROWS:
                 break
             yield State.DISK
@@ -256,9 +269,12 @@ class Cursor:
                 mask = self._mask(rows, segment.from_ns, segment.to_ns)
                 which = np.arange(len(rows)) if mask is None else np.flatnonzero(mask)
                 take, skip = which[skip:], max(0, skip - len(which))
-                if len(take):
-                    self.given += len(take)
-                    self._pending.append(rows.take(take))
+                for at in range(0, len(take), _BATCH):
+                    part = take[at : at + _BATCH]
+                    self.given += len(part)
+                    self._pending.append(rows.take(part))
+                    if self._pending_rows() >= _BATCH:
+                        yield State.DISK
         yield State.READY
 
     # ---- disk
@@ -271,7 +287,7 @@ class Cursor:
         query = self._query
         losses = [] if from_row else self._old_losses(before_row)
         if segments is not None:
-            for segment in segments.list(query.since_ns, query.until_ns):
+            for segment in segments.between(query.since_ns, query.until_ns):
                 ours = segment.run == self._store.run
                 if from_row and not ours:
                     continue
@@ -285,7 +301,12 @@ class Cursor:
                 for rows in self._load(segment, before_row, from_row):
                     while losses and losses[0].from_ns <= int(rows.times[0]):
                         self._pending.append(losses.pop(0))
-                    self._give(rows, self._mask(rows, segment.from_ns, segment.to_ns))
+                    mask = self._mask(rows, segment.from_ns, segment.to_ns)
+                    which = np.arange(len(rows)) if mask is None else np.flatnonzero(mask)
+                    for part in self._parts(rows, which):
+                        self._pending.append(part)
+                        if self._pending_rows() >= _BATCH:
+                            yield State.DISK
         self._pending.extend(losses)
         yield State.READY
 

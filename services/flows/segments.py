@@ -100,7 +100,7 @@ class Segments:
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self.damaged: dict[str, str] = {}  # file name -> why
-        self.fresh_damage: list[Segment] = []  # not in the ledger yet
+        self._fresh_damage: list[Segment] = []  # not in the ledger yet
         self.expired_files = 0
 
     # ---- what there is
@@ -124,7 +124,7 @@ class Segments:
             found.append(segment)
         self._segments = sorted(found)
 
-    def list(self, since_ns: int | None, until_ns: int | None) -> list[Segment]:
+    def between(self, since_ns: int | None, until_ns: int | None) -> list[Segment]:
         """Files that may have flows of that time, oldest first."""
         with self._lock:
             return [
@@ -155,10 +155,16 @@ class Segments:
     def newest_ns(self) -> int:
         return max((segment.to_ns for segment in self._segments), default=0)
 
+    def take_damage(self) -> list[Segment]:
+        """What was found damaged since last asked."""
+        with self._lock:
+            found, self._fresh_damage = self._fresh_damage, []
+        return found
+
     def _damage(self, segment: Segment, why: str) -> None:
         if segment.path.name not in self.damaged:
             self.damaged[segment.path.name] = why
-            self.fresh_damage.append(segment)
+            self._fresh_damage.append(segment)
 
     # ---- writing
 
@@ -207,7 +213,7 @@ class Segments:
         """Raises OSError, when the disk is full too; nothing half-written is left then."""
         table = pa.table(
             {name: pa.array(frozen.rows[name].astype(kind)) for name, kind in ROW.items()}
-        ).replace_schema_metadata({_KEY: _pack(frozen)})
+        )
         times = frozen.rows["time_ns"]
         from_ns, to_ns = int(times.min()), int(times.max())
         count = len(times)
@@ -216,10 +222,9 @@ class Segments:
         partial = self.directory / f".{name}{_PARTIAL}"
         try:
             with partial.open("wb") as file:
-                pq.write_table(
-                    table,
+                with pq.ParquetWriter(
                     file,
-                    row_group_size=_GROUP_ROWS,
+                    table.schema,
                     compression="zstd",
                     compression_level=self._level,
                     use_dictionary=["pair", "meta", "dport", "length", "l7"],
@@ -227,7 +232,9 @@ class Segments:
                     write_statistics=["time_ns"],
                     write_page_checksum=True,
                     store_schema=False,
-                )
+                ) as writer:
+                    writer.write_table(table, row_group_size=_GROUP_ROWS)
+                    writer.add_key_value_metadata({_KEY: _pack(frozen)})
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)

@@ -71,7 +71,7 @@ class Store:
         self.world = world or World()
         self.dimensions = LiveDimensions(self.world)
         self.ring = Ring(capacity)
-        self.ledger = ledger or Ledger(run=self.run)
+        self.ledger = Ledger(run=self.run) if ledger is None else ledger
         self.segments = segments
         self.counters = Counters()
         self._cel = cel
@@ -109,10 +109,14 @@ class Store:
             self.counters.l7 += len(part)
         self._wake()
 
-    def lose(self, cause: Cause, count: int | None, *, detail: str = "") -> None:
-        """Some events never came, and would have come about now."""
+    def lose(
+        self, cause: Cause, count: int | None, *, detail: str = "", since_ns: int | None = None
+    ) -> None:
+        """Some events never came, and would have come since the newest that did."""
         now = time.time_ns()
         since = self.ring.newest_time() if self.ring.head else now
+        if since_ns is not None:
+            since = since_ns
         self.ledger.add(
             cause,
             from_ns=min(since, now),
@@ -288,22 +292,6 @@ class Store:
         self.counters.spilled += end - start
         self._spilled = max(self._spilled, end)
         return end - start
-
-    def open_gap(self) -> None:
-        """At the start: nobody was here between the last flow on disk and now."""
-        if self.segments is None:
-            return
-        newest = self.segments.newest_ns
-        now = time.time_ns()
-        if newest and newest < now:
-            self.ledger.add(
-                Cause.STOPPED,
-                from_ns=newest,
-                to_ns=now,
-                count=None,
-                row=0,
-                detail="the flow service did not run",
-            )
 
 
 __all__ = ["Counters", "L7Event", "Loss", "Store", "k"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from cilia.bpf.layout import EVENT, to_addr
 from protos.hubble.v1 import flow_pb2 as pb
 from services.flows.dimensions import EVENT_L7
 from services.flows.l7 import Dns, Http, Kafka, L7Record, L7Type
-from services.flows.store import L7Event
+from services.flows.store import L7Event, Store
 from services.flows.world import EndpointInfo, Meaning, PolicyRef, RemoteInfo
 
 NODE, CLUSTER = "node1", "default"
@@ -447,3 +448,13 @@ def random_events(r: random.Random, count: int, *, start_ns: int = 1_000_000_000
         random_seen(r, start_ns + at * 1_000_000 + r.randint(0, 999_999), l7=r.random() < 0.17)
         for at in range(count)
     ]
+
+
+def store_all(store: Store, events: list[Seen]) -> None:
+    """In batches as they come, kinds not mixed."""
+    for l7, part in groupby(events, key=lambda seen: seen.l7 is not None):
+        if l7:
+            store.take_l7([seen.l7_event() for seen in part], wall_offset_ns=OFFSET_NS)
+        else:
+            rows = [seen.event() for seen in part]
+            store.take(np.concatenate(rows, dtype=EVENT), wall_offset_ns=OFFSET_NS)

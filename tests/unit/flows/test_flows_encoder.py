@@ -22,11 +22,11 @@ from services.flows.store import Store
 from services.flows.uuids import format_uuid
 from tests.unit.flows.flowworld import (
     NODE_NAME,
-    OFFSET_NS,
     Seen,
     expected_flow,
     meaning,
     random_events,
+    store_all,
 )
 
 CLI_MASK = (
@@ -40,11 +40,7 @@ CLI_MASK = (
 def make_store(events: list[Seen], *, run: int = 0xABCDEF, capacity: int = 4096) -> Store:
     store = Store(capacity=capacity, run=run)
     store.learn(meaning())
-    for seen in events:
-        if seen.l7 is None:
-            store.take(seen.event(), wall_offset_ns=OFFSET_NS)
-        else:
-            store.take_l7([seen.l7_event()], wall_offset_ns=OFFSET_NS)
+    store_all(store, events)
     return store
 
 
@@ -256,8 +252,7 @@ def test_pieces_follow_what_numbers_mean() -> None:
             for at in range(400)
         ]
         batches += seen
-        for one in seen:
-            store.take(one.event(), wall_offset_ns=OFFSET_NS)
+        store_all(store, seen)
         rows = [
             item for item in store.query(FlowQuery(number=100)).read() if isinstance(item, Rows)
         ]

@@ -18,7 +18,7 @@ from services.flows.matching import compile_filters
 from services.flows.rows import Rows
 from services.flows.store import Store
 from tests.unit.flows.flowfilters import choices, matches, random_filter, selected
-from tests.unit.flows.flowworld import OFFSET_NS, meaning, random_events
+from tests.unit.flows.flowworld import meaning, random_events, store_all
 
 COUNT = 1000
 
@@ -28,11 +28,7 @@ def store() -> Store:
     encoder = Encoder()
     made = Store(capacity=2048, run=77, cel=convert.compile_cel, encode_flows=encoder.flows)
     made.learn(meaning())
-    for seen in random_events(random.Random(11), COUNT):
-        if seen.l7 is None:
-            made.take(seen.event(), wall_offset_ns=OFFSET_NS)
-        else:
-            made.take_l7([seen.l7_event()], wall_offset_ns=OFFSET_NS)
+    store_all(made, random_events(random.Random(11), COUNT))
     return made
 
 

@@ -1,0 +1,197 @@
+"""The service, wired.
+
+     agent (MonitorService.Events)                     hubble, cilia flows, relays, UIs
+       │ batches of raw events, meanings, losses          │ unix socket, TCP with mTLS
+     Ingest ─────────────▶ Notes ──────────────────┐   GrpcServer (HTTP/2)
+       │                                           ▼      │
+       ▼                                       FlowServer ┤ Health, reflection
+     Store ──▶ Ring (memory) ──▶ Cursor ──▶ Rows ──▶ Encoder
+       │ │        │ spill            ▲
+       │ │        ▼                  │                 FlowMetrics (a follower)
+       │ │     Segments (Parquet) ───┘
+       │ └──▶ Ledger (what is missing)
+       └──▶ LiveDimensions (pairs, metas, L7) ◀── World (who is who now)
+
+What a server, an exporter or a metric needs of the store:
+
+    cursor = store.query(FlowQuery(...))          see query.py: read(), state, wait_for_rows
+    Encoder(FieldMask(paths)).encode(rows)        framed GetFlowsResponse messages, in one piece
+    convert.flows_request(message)                GetFlowsRequest -> (FlowQuery, FieldMask), strict
+    convert.loss_to_response(loss, node_name)     a gap as clients know it
+
+With --relay none of this runs: `relay/` asks the nodes and merges what they answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import structlog
+
+from cilia import statefile
+from cilia.controller import Controller, ControllerSet
+from cilia.lifecycle import Lifecycle
+from cilia.telemetry import fields
+from cilia.telemetry.metrics import REGISTRY, Exposition, parse_address
+from services.flows import convert
+from services.flows.clients import GrpcAgentClient
+from services.flows.config import FlowsConfig
+from services.flows.encoder import Encoder
+from services.flows.filterspec import FlowQuery
+from services.flows.history import History
+from services.flows.http2 import GrpcServer
+from services.flows.http2.standard import Health, reflection_handlers
+from services.flows.ingest import Ingest
+from services.flows.ledger import Ledger
+from services.flows.metrics import FlowMetrics, parse_spec
+from services.flows.notes import Notes
+from services.flows.query import State
+from services.flows.relay.peers import Peers
+from services.flows.relay.server import RelayObserver
+from services.flows.rows import Rows
+from services.flows.segments import Segments
+from services.flows.server import FLOWS, HUBBLE_HEALTH, OBSERVER, PEER, About, FlowServer
+from services.flows.store import Store
+from services.flows.uuids import new_run
+from services.flows.world import World
+
+log = structlog.get_logger()
+
+
+async def build(config: FlowsConfig, lifecycle: Lifecycle) -> None:
+    """Makes the parts and adds them, in the order in which they start."""
+    if config.metrics_address:
+        lifecycle.add("exposition", Exposition(parse_address(config.metrics_address)))
+    if config.relay:
+        _build_relay(config, lifecycle)
+    else:
+        _build_node(config, lifecycle)
+
+
+def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
+    run = new_run()
+    segments: Segments | None = None
+    ledger = Ledger(run=run)
+    if config.history_mb:
+        lifecycle.add("lock", statefile.DirectoryLock(config.flows_dir, owner="flows"))
+        segments = Segments(
+            config.flows_dir / "segments",
+            max_bytes=config.history_mb << 20,
+            max_age_s=config.history_age_s,
+        )
+        ledger = Ledger(config.flows_dir / "ledger.jsonl", run=run)
+    store = Store(
+        capacity=config.ring_rows,
+        world=World(node=config.node),
+        segments=segments,
+        ledger=ledger,
+        run=run,
+        cel=convert.compile_cel,
+        encode_flows=Encoder().flows,
+    )
+    notes = Notes()
+    ingest = Ingest(GrpcAgentClient(config.agent_socket_path), store, notes)
+    controllers = ControllerSet()
+    controllers.add(Controller("agent-events", ingest.follow, retry_s=0.2, retry_max_s=2.0))
+
+    async def tick() -> None:
+        store.tick(time.monotonic())
+        store.note_namespaces(time.monotonic())
+        ingest.tick()
+
+    controllers.add(Controller("tick", tick, resync_s=1.0))
+    if segments is not None:
+        history = History(
+            store,
+            segments,
+            directory=config.flows_dir,
+            segment_rows=config.segment_rows,
+            segment_age_s=config.segment_age_s,
+        )
+        # Stops after all that fills the store: what is not on disk then is written.
+        lifecycle.add("history", history)
+        controllers.add(Controller("spill", history.spill_due, retry_s=1.0, resync_s=1.0))
+
+    server = FlowServer(
+        store,
+        notes,
+        About(
+            version=_version(),
+            node_name=lambda: store.world.node_name,
+            address=config.advertise or (config.listen.split(",")[0] if config.listen else ""),
+            disk_bytes=config.history_mb << 20,
+            watching=lambda: ingest.problem,
+        ),
+    )
+    if config.metrics:
+        metrics = FlowMetrics(
+            [parse_spec(text) for text in config.metrics.split()], lost=lambda: ledger.totals
+        )
+        REGISTRY.register(metrics)
+        lifecycle.add_task("metrics", lambda: _count(store, metrics))
+    services = (OBSERVER, PEER, FLOWS)
+    health = Health((*services, HUBBLE_HEALTH))
+    grpc = GrpcServer(
+        {**server.handlers(), **health.handlers(), **reflection_handlers(services)},
+        socket=config.socket_path,
+        listen=config.addresses,
+        tls=config.tls(),
+        group=config.group,
+    )
+    server.clients = lambda: grpc.connections
+    lifecycle.add("controllers", controllers)
+    lifecycle.add("server", grpc)
+    lifecycle.add("serving", _Serving(health))
+
+
+def _build_relay(config: FlowsConfig, lifecycle: Lifecycle) -> None:
+    peers = Peers(file=config.peers_file, service=config.peer_service, tls=config.client_tls())
+    lifecycle.add("peers", peers)
+    observer = RelayObserver(peers, version=_version())
+    health = Health((OBSERVER, HUBBLE_HEALTH))
+    lifecycle.add(
+        "server",
+        GrpcServer(
+            {**observer.handlers(), **health.handlers(), **reflection_handlers((OBSERVER,))},
+            socket=config.socket_path,
+            listen=config.addresses,
+            tls=config.tls(),
+            group=config.group,
+        ),
+    )
+    lifecycle.add("serving", _Serving(health))
+
+
+async def _count(store: Store, metrics: FlowMetrics) -> None:
+    """A follower of everything, which counts."""
+    cursor = store.query(FlowQuery(follow=True))
+    while True:
+        for item in cursor.read():
+            if isinstance(item, Rows):
+                metrics.count(item)
+        if cursor.state is State.WAITING:
+            await store.wait_for_rows(cursor)
+        await asyncio.sleep(0)
+
+
+def _version() -> str:
+    try:
+        return f"cilia v{version('cilia')}"
+    except PackageNotFoundError:
+        log.warning("The version is not known.", **{fields.REASON: "not installed"})
+        return "cilia v0.0.0"
+
+
+class _Serving:
+    """The last part: says SERVING once all others run."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+
+    async def start(self) -> None:
+        await self._health.set_serving(True)
+
+    async def stop(self) -> None:
+        await self._health.set_serving(False)
