@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -134,9 +135,14 @@ class Wire:
     def inside(self, *words: str) -> list[str]:
         return ["nsenter", f"--net=/run/netns/{self.base}", *words]
 
-    def backend(self, reply: Callable[[bytes], bytes] | bytes = OK) -> Backend:
+    def backend(
+        self,
+        reply: Callable[[bytes], bytes] | bytes = OK,
+        *,
+        tls: ssl.SSLContext | None = None,
+    ) -> Backend:
         """Answers at every address on port 80, and remembers what it was sent."""
-        backend = Backend(self, reply)
+        backend = Backend(self, reply, tls)
         self._backends.append(backend)
         return backend
 
@@ -298,7 +304,13 @@ class Backend:
     """A server that understands as little of HTTP as it can: a head, then as many bytes as its
     Content-Length says, then the next head."""
 
-    def __init__(self, node: Wire, reply: Callable[[bytes], bytes] | bytes) -> None:
+    def __init__(
+        self,
+        node: Wire,
+        reply: Callable[[bytes], bytes] | bytes,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._tls = tls
         self.heads: list[bytes] = []
         self.connections = 0
         self.peers: list[Any] = []
@@ -335,9 +347,12 @@ class Backend:
             self.peers.append(peer)
             threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
+    def _secured(self, sock: socket.socket) -> socket.socket:
+        return sock if self._tls is None else self._tls.wrap_socket(sock, server_side=True)
+
     def _serve(self, sock: socket.socket) -> None:
         buffer = b""
-        with sock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._secured(sock) as sock:
             while data := sock.recv(65_536):
                 buffer += data
                 while b"\r\n\r\n" in buffer:

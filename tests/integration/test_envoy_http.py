@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -367,6 +368,53 @@ async def test_both_families_arrive_with_the_marks_and_keepalive(family: int) ->
         assert all("timer:(keepalive" in line for line in envoys), shown
 
 
+async def test_who_connects_to_the_listener_itself_is_sent_away() -> None:
+    async with EnvoyNode("itself") as node:
+        backend = node.backend()
+        await node.apply(redirect(0, everything()))
+
+        def ask(family: int, address: str) -> bytes:
+            with node.make_socket(family) as sock:
+                sock.settimeout(3)
+                sock.connect((address, 10_000))
+                with contextlib.suppress(OSError):
+                    sock.sendall(GET.format("/").encode())
+                return read_answer(sock)
+
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            answer = await asyncio.to_thread(ask, family, address)
+            assert answer in (b"<end>", b"<reset>"), answer
+        assert not backend.connections
+        # Nor does it listen anywhere else.
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.to_thread(ask, socket.AF_INET, "10.9.0.1")
+
+
+async def test_a_dead_server_is_an_error_and_not_a_denial() -> None:
+    async with EnvoyNode("dead") as node:
+        await node.apply(redirect(0, everything(3)))
+        assert await asyncio.to_thread(node.status, "/") == 503
+        (record,) = await node.logged(1, kind=pb.L7Record.RESPONSE)
+        assert (record.verdict, record.rule_id, record.http.code) == (pb.L7Record.ERROR, 3, 503)
+        assert "upstream" in record.info
+
+
+async def test_hundreds_of_redirects_are_taken_soon() -> None:
+    async with EnvoyNode("hundreds") as node:
+        node.backend()
+        wanted = []
+        for number in range(300):
+            one = redirect(0, http(number, path=f"/{number}"))
+            one.port = 10_000 + number
+            wanted.append(one)
+        began = time.monotonic()
+        outcome = await node.apply(*wanted)
+        assert outcome.ok
+        assert time.monotonic() - began < 8
+        assert await asyncio.to_thread(node.status, "/3", 3) == 200
+        assert await asyncio.to_thread(node.status, "/4", 3) == 403
+
+
 # ---- headers
 
 
@@ -471,3 +519,35 @@ async def test_tls_is_opened_for_the_rules_and_only_for_them(tmp_path: Path) -> 
                 await asyncio.to_thread(ask, "/a", name, number)
         assert await asyncio.to_thread(node.status, "/a") == 200  # plain HTTP is the rules' too
         assert len(backend.heads) == 2
+
+
+async def test_tls_towards_the_server_is_checked(tmp_path: Path) -> None:
+    certificate = issue("api.example")
+    (tmp_path / "tls.crt").write_bytes(certificate.certificate)
+    (tmp_path / "tls.key").write_bytes(certificate.key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    authority = {"ca.crt": certificate.certificate}
+    originating = pb.TLSContext(secret=pb.SecretRef(namespace="default", name="api"))
+    async with EnvoyNode("tls2", secrets=lambda _: authority) as node:
+        backend = node.backend(tls=context)
+        await node.apply(
+            redirect(0, http(path="/a"), direction=pb.EGRESS, originating_tls=originating)
+        )
+
+        def ask(host: str, path: str = "/a") -> bytes:
+            return node.ask(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+
+        assert (await asyncio.to_thread(ask, "api.example")).startswith(b"HTTP/1.1 200")
+        assert (await asyncio.to_thread(ask, "api.example", "/b")).startswith(b"HTTP/1.1 403")
+        # A server that is not who the request is for.
+        assert (await asyncio.to_thread(ask, "other.example")).startswith(b"HTTP/1.1 503")
+        assert len(backend.heads) == 1
+        # Another authority, and new connections are checked by it.
+        authority["ca.crt"] = issue("someone.else").certificate
+        await node.apply(
+            redirect(0, http(path="/a"), direction=pb.EGRESS, originating_tls=originating)
+        )
+        await until(
+            lambda: ask("new.api.example").startswith(b"HTTP/1.1 503"), "it is checked", within_s=5
+        )
