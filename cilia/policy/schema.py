@@ -27,6 +27,7 @@ class Work:
     but a short regular expression may be a large program."""
 
     programs: int = 2_000_000  # instructions of regular expressions, about a second
+    reports: int = 10_000  # faults and warnings
 
 
 @dataclass(slots=True)
@@ -53,12 +54,21 @@ class Checking:
         return Origin(self.source, node.line, node.column)
 
     def fault(self, path: str, node: Node, message: str) -> None:
-        if len(self.faults) < MAX_FAULTS:
-            self.faults.append(Fault(self.document, path, message, self.place(path, node)))
+        self._report(self.faults, path, node, message)
 
     def warn(self, path: str, node: Node, message: str) -> None:
-        if len(self.warnings) < MAX_FAULTS:
-            self.warnings.append(Fault(self.document, path, message, self.place(path, node)))
+        self._report(self.warnings, path, node, message)
+
+    def _report(self, reports: list[Fault], path: str, node: Node, message: str) -> None:
+        if len(reports) >= MAX_FAULTS:
+            return
+        # The first of a document always counts: without any it would pass.
+        if self.work.reports <= 0 and reports:
+            return
+        self.work.reports -= 1
+        if len(reports) == MAX_FAULTS - 1:
+            message = f"{message}; more than these {MAX_FAULTS} are not listed"
+        reports.append(Fault(self.document, path, message, self.place(path, node)))
 
     def mark(self, path: str, node: Node) -> Origin:
         """Remember where something that rules are known by was written."""

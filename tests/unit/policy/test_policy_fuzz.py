@@ -322,10 +322,23 @@ def test_regular_expressions_are_bounded_together(expression: str) -> None:
     assert "too large" in result.faults[-1].message
 
 
-def test_ten_thousand_faults_are_reported_in_bounded_number() -> None:
+def test_faults_of_one_document_are_bounded() -> None:
     rules = ",".join(['{"endpointSelector":{"x":1}}'] * 5000)
     result = parse_documents(f"[{rules}]", source="many")
-    assert 0 < len(result.faults) <= 200
+    assert len(result.faults) == 200
+    assert "more than these 200 are not listed" in result.faults[-1].message
+
+
+def test_faults_of_many_documents_are_bounded_and_none_with_a_fault_passes() -> None:
+    bad = {
+        "apiVersion": "cilium.io/v2",
+        "kind": "CiliumNetworkPolicy",
+        "spec": {"endpointSelector": {}, "egress": [{"x": 1}] * 100},
+    }
+    items = [{**bad, "metadata": {"name": f"p{i}"}} for i in range(500)]
+    result = parse_documents(json.dumps({"kind": "List", "items": items}), source="many")
+    assert len({x.document for x in result.faults}) == 500
+    assert len(result.faults) <= 10_500
 
 
 @pytest.mark.slow
