@@ -19,7 +19,7 @@ from cilia.identity import cidr_labels
 from cilia.labels import Label, Labels, namespace_labels
 from cilia.policy import PolicyEngine, parse_documents
 
-EXAMPLES = int(os.environ.get("CILIA_PROPERTY_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("CILIA_PROPERTY_EXAMPLES", "120"))
 
 NAMESPACES = {"d": {"team": "red"}, "x": {"team": "blue", "tier": "a"}, "y": {}}
 PODS = [(ns, app, env) for ns in NAMESPACES for app in ("a", "b") for env in ("p", "")]
@@ -191,18 +191,18 @@ def entries(field: str) -> st.SearchStrategy[list[dict[str, Any]]]:
         {},
         optional={field: st.lists(peers, max_size=2), "ports": st.lists(port_entries, max_size=2)},
     )
-    return st.lists(entry, max_size=2)
+    return st.lists(entry, min_size=1, max_size=2)
 
 
 specs = st.fixed_dictionaries(
-    {"podSelector": pods},
+    {"podSelector": st.one_of(st.just({}), st.just({"matchLabels": {"app": "a"}}), pods)},
     optional={
         "policyTypes": st.lists(st.sampled_from(["Ingress", "Egress"]), max_size=2, unique=True),
         "ingress": entries("from"),
         "egress": entries("to"),
     },
 )
-policies = st.lists(st.tuples(st.sampled_from(["d", "x"]), specs), min_size=1, max_size=3).map(
+policies = st.lists(st.tuples(st.sampled_from(["d", "d", "x"]), specs), min_size=1, max_size=3).map(
     lambda found: [
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -224,10 +224,8 @@ def identity(other: Pod | str) -> Labels:
 
 @pytest.mark.timeout(900)
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(policies, st.sampled_from(PODS), st.lists(st.sampled_from([*PODS, *OUTSIDE]), max_size=4))
-def test_engine_and_evaluator_agree(
-    documents: list[dict[str, Any]], pod: Pod, others: list[Pod | str]
-) -> None:
+@given(policies, st.sampled_from(PODS[:6]))
+def test_engine_and_evaluator_agree(documents: list[dict[str, Any]], pod: Pod) -> None:
     text = json.dumps({"kind": "List", "items": documents})
     result = parse_documents(text, source="np.json")
     assert result.faults == ()
@@ -240,8 +238,7 @@ def test_engine_and_evaluator_agree(
         engine.add_identity(number, identity(other))
         if not isinstance(other, str):
             engine.set_port_names(number, names)
-    for other in others:
-        peer = 1000 + everybody.index(other)
+    for peer, other in enumerate(everybody, 1000):
         for egress in (False, True):
             for protocol, port in PORTS:
                 verdict = engine.verdict(
