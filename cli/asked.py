@@ -39,6 +39,10 @@ class Asked:
     live: bool
     texts: Mapping[str, str] = field(default_factory=dict)  # of the documents' files, by name
 
+    def about(self, inventory: Inventory) -> Asked:
+        """The same documents, about other endpoints."""
+        return replace(self, inventory=inventory)
+
     def scene(self) -> Scene:
         """An engine with all of it."""
         return Scene(self.documents, self.inventory, mode=self.mode)

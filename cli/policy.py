@@ -18,6 +18,7 @@ VERBS = {
     "trace": ("cli.policy_trace:trace", "Would a connection be allowed, and by which rule?"),
     "diff": ("cli.policy_diff:diff", "Which connections two sets of policies decide differently."),
     "whatif": ("cli.policy_diff:whatif", "Which connections would change with other policies."),
+    "test": ("cli.policy_test:test", "Does policy allow and deny what a table says?"),
     "lint": ("cli.policy_lint:lint", "What policies probably do not mean."),
     "audit-kernel": ("cli.policy_audit:audit_kernel", "Does the kernel do what policy says?"),
     "matrix": ("cli.policy_matrix:matrix", "Who may talk to whom on what."),

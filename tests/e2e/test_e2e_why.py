@@ -108,6 +108,32 @@ def test_the_proposed_edit_allows_the_flow(fleet: Lab, policy: str) -> None:
     assert "ALLOWED" in now.stdout
 
 
+@pytest.mark.parametrize("level", ["engine", "kernel", "live"])
+def test_one_table_at_three_levels(fleet: Lab, policy: str, level: str) -> None:
+    table = "examples/expectations/star-wars.yaml"
+    flags = ["--lab", fleet.name] if level == "live" else []
+    done = fleet.cilia.run("policy", "test", table, "--level", level, *flags, "-o", "json")
+    shape = json.loads(done.stdout)
+    assert [x for x in shape["tests"] if x["passed"] is False] == []
+    assert done.returncode == 0, done.stderr
+    assert (shape["level"], shape["failed"]) == (level, 0)
+    assert shape["passed"] + shape["untried"] == len(shape["tests"]) == 19
+    assert shape["untried"] == (1 if level == "live" else 0)
+
+
+def test_a_table_that_is_wrong_fails_at_every_level(fleet: Lab, tmp_path: Any) -> None:
+    """Without the policy in force, connections say otherwise than the table."""
+    table = tmp_path / "table.yaml"
+    table.write_text(
+        "tests:\n- {name: closed, from: xwing, to: deathstar-1, port: 80, expect: deny}\n"
+    )
+    for level in ("engine", "kernel", "live"):
+        flags = ["--lab", fleet.name] if level == "live" else []
+        done = fleet.cilia.run("policy", "test", str(table), "--level", level, *flags)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "expected deny" in done.stdout
+
+
 def test_questions_about_what_is_in_force(fleet: Lab, policy: str, tmp_path: Any) -> None:
     cilia = fleet.cilia
     people = cilia.run("why", "xwing", "deathstar-1", "--dport", "80/tcp")

@@ -211,38 +211,45 @@ class InventoryError(ValueError):
 
 def parse_inventory(text: bytes | str, *, source: str) -> Inventory:
     """Read a list of endpoints, YAML or JSON. Raises InventoryError with every fault there is."""
-    c = Checking(source, "endpoints")
     try:
         nodes = parse_text(text)
     except TreeError as error:
         fault = Fault("endpoints", "", error.message, Origin(source, error.line, error.column))
         raise InventoryError((fault,)) from None
     if len(nodes) > 1:
+        c = Checking(source, "endpoints")
         c.fault("", nodes[1], "there is a second document: endpoints are one list")
-    node = nodes[0] if nodes else Node([], 0, 0)
+        raise InventoryError(tuple(c.faults))
+    return read_inventory(nodes[0] if nodes else Node([], 0, 0), source=source)
+
+
+def read_inventory(node: Node, *, source: str, path: str = "") -> Inventory:
+    """Read endpoints that stand inside of another file, under `path`. Raises InventoryError."""
+    c = Checking(source, "endpoints")
     namespaces: Any = {}
     host: Any = {}
-    at, path = node, ""
+    at, where = node, path
     if isinstance(node.value, dict):
         top = Object(
             {"namespaces": _NAMESPACES, "host": _HOST, "endpoints": _Later()},
             required=("endpoints",),
-        ).check(node, "", c)
+        ).check(node, path, c)
         if top is not INVALID:
             namespaces, host = top.get("namespaces", {}), top.get("host", {})
-            at, path = node.value["endpoints"], "endpoints"
-    found = _ENDPOINTS.check(at, path, c) if not c.faults else []
+            at, where = node.value["endpoints"], f"{path}.endpoints" if path else "endpoints"
+    found = _ENDPOINTS.check(at, where, c) if not c.faults else []
     endpoints: list[InventoryEndpoint] = []
     seen: dict[str, int] = {}
     if not c.faults:
         for i, item in enumerate(found):
-            child, where = at.value[i], f"{path}[{i}]"
-            built = _build(item, child, where, namespaces, c)
+            child = at.value[i]
+            built = _build(item, child, f"{where}[{i}]", namespaces, c)
             if built is None:
                 continue
             if built.ref in seen:
-                before = at.value[seen[built.ref]].line
-                c.fault(where, child, f"{built.ref} is also the name of the one in line {before}")
+                line = at.value[seen[built.ref]].line
+                message = f"{built.ref} is also the name of the one in line {line}"
+                c.fault(f"{where}[{i}]", child, message)
             seen[built.ref] = i
             endpoints.append(built)
     own = Labels((*reserved_labels(HOST), *host.get("labels", ())))

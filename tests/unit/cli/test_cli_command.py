@@ -334,6 +334,46 @@ def test_whatif_counts_recorded_flows_too(tmp_path: Path) -> None:
     assert "+ default/x to default/web: TCP 1-65535" in gone.stdout
 
 
+TABLE = """
+policies: [p.yaml]
+endpoints: e.yaml
+tests:
+- {name: open, from: front, to: web, port: 80, expect: allow, rule: "rule1 spec.ingress[0]"}
+- name: closed
+  from: [x, 192.0.2.1]
+  to: {app: web}
+  port: [80, 53/udp]
+  expect: deny
+  rule: rule1
+"""
+
+
+def test_expectations(tmp_path: Path) -> None:
+    files(tmp_path)
+    table = tmp_path / "t.yaml"
+    table.write_text(TABLE)
+    held = run("policy", "test", str(table), "-o", "json")
+    assert held.exit_code == Exit.OK, held.output
+    shape = json.loads(held.stdout)
+    assert (shape["level"], shape["passed"], shape["failed"]) == ("engine", 5, 0)
+    assert shape["tests"][0]["rules"] == ["CiliumNetworkPolicy default/rule1 spec.ingress[0]"]
+    for old, new, said in (
+        ("expect: allow", "expect: deny", "expected deny (" + f"{table}:5)"),
+        ("spec.ingress[0]", "spec.ingress[1]", "expected by rule1 spec.ingress[1]"),
+    ):
+        table.write_text(TABLE.replace(old, new))
+        failed = run("policy", "test", str(table))
+        assert failed.exit_code == Exit.FAILED
+        assert said in failed.stdout
+        assert "4 of 5 expectations held (level engine)" in failed.stdout
+    table.write_text(TABLE.replace("from: front", "from: nobody"))
+    assert run("policy", "test", str(table)).exit_code == Exit.NOT_FOUND
+    table.write_text(TABLE.replace("expect: allow", "expect: perhaps"))
+    bad = run("policy", "test", str(table))
+    assert bad.exit_code == Exit.INVALID
+    assert f"{table}:5:" in bad.stderr
+
+
 def test_lint_says_what_is_probably_not_meant(tmp_path: Path) -> None:
     given = files(tmp_path)
     result = run("policy", "lint", given[1], *given[2:], "-o", "json")
