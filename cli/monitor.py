@@ -27,7 +27,7 @@ from protos.agent.v1 import agent_pb2
 
 RETRY_S = 0.2
 
-TYPES = ("drop", "trace", "verdict", "agent")
+TYPES = ("drop", "trace", "verdict", "l7", "agent")
 
 
 @click.command(
@@ -36,6 +36,7 @@ TYPES = ("drop", "trace", "verdict", "agent")
     epilog=examples("""
 cilia monitor
 cilia monitor --type drop --type verdict --endpoint xwing
+cilia monitor --type l7
 cilia monitor -o json | jq -r 'select(.verdict=="DENIED") | .explanation'
 """),
 )
@@ -163,6 +164,18 @@ def why(shape: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _request_line(shape: dict[str, Any], verdict: str) -> list[str | tuple[str, str]]:
+    word = {"DENIED": "denied", "ERROR": "failed"}.get(verdict, "forwarded")
+    style = {"DENIED": "bold red", "ERROR": "yellow"}.get(verdict, "green")
+    mark = "xx" if verdict == "DENIED" else "->"
+    return [
+        (f"{mark} {shape['protocol'] or 'request'} {word}", style),
+        f" {where(shape['source'])} -> {where(shape['destination'])}",
+        f" identity {who(shape['source'])}->{who(shape['destination'])}",
+        f" {shape['direction'] or ''}: {shape['explanation'] or ''}",
+    ]
+
+
 def event_line(shape: dict[str, Any]) -> list[str | tuple[str, str]]:
     """One event as styled parts."""
     if shape["type"] == "lost":
@@ -172,12 +185,16 @@ def event_line(shape: dict[str, Any]) -> list[str | tuple[str, str]]:
         body = note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)
         return [(">> agent ", "cyan"), shape["explanation"] or "", " ", body if note else ""]
     verdict = (shape["verdict"] or "").upper()
+    if shape["type"] == "l7":
+        return _request_line(shape, verdict)
     if shape["type"] == "drop":
         head = (f"xx drop ({shape['reason'] or 'unknown'})", "bold red")
     elif verdict == "DENIED":
         head = (f"xx verdict denied ({shape['reason'] or 'Policy denied'})", "bold red")
     elif verdict == "AUDIT":
         head = ("-- verdict audit", "yellow")
+    elif verdict == "REDIRECTED":
+        head = ("-> verdict redirected to the proxy", "green")
     elif shape["type"] == "verdict":
         head = ("-> verdict allowed", "green")
     else:

@@ -330,6 +330,8 @@ def event(item: agent_pb2.MonitorEvent) -> dict[str, Any]:
             "notification": _parsed(note.json),
             "explanation": item.explanation,
         }
+    if item.type == "l7":
+        return _request(item)
     icmp = item.protocol.upper().startswith("ICMP")
     return {
         "time": time_text(item.time_ns),
@@ -351,6 +353,36 @@ def event(item: agent_pb2.MonitorEvent) -> dict[str, Any]:
         "match": item.match or None,
         "rule": rule(item.rule),
         "default_deny": rules(item.default_deny),
+        "explanation": item.explanation,
+    }
+
+
+def _request(item: agent_pb2.MonitorEvent) -> dict[str, Any]:
+    """A request that the proxy told of."""
+    record, http = item.l7, item.l7.http
+    return {
+        "time": time_text(item.time_ns),
+        "type": "l7",
+        "record": {1: "request", 2: "response"}.get(record.type),
+        "verdict": item.verdict or None,
+        "direction": item.direction or None,
+        "protocol": item.protocol or None,
+        "source": peer(item.source),
+        "destination": peer(item.destination),
+        "proxy_port": record.proxy_port,
+        "policy": record.policy or None,
+        "latency_ns": record.latency_ns or None,
+        "http": {
+            "method": http.method,
+            "url": http.url,
+            "code": http.code or None,
+            "protocol": http.protocol,
+            "grpc_status": http.grpc_status if http.grpc_status >= 0 else None,
+            "headers": [{"name": h.name, "value": h.value} for h in http.headers],
+        }
+        if record.HasField("http")
+        else None,
+        "fields": dict(record.fields),
         "explanation": item.explanation,
     }
 

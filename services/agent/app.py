@@ -65,6 +65,7 @@ from services.agent.hostpolicy import (
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
 from services.agent.ipam import Ipam
 from services.agent.kernelaudit import KernelAudit
+from services.agent.l7 import L7Log
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
 from services.agent.notifications import Notifier
@@ -143,9 +144,10 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
             return ""  # the implicit allow of the local host, or of a document that is gone
 
     routers = (config.pool4.network_address + 1, config.pool6.network_address + 1)
+    xds = XdsClient(config.xds_socket_path, node=config.node, addresses=[str(a) for a in routers])
     proxy = Proxy(
         datapath,
-        XdsClient(config.xds_socket_path, node=config.node, addresses=[str(a) for a in routers]),
+        xds,
         directory=config.agent_dir,
         ports=range(config.proxy_port_min, config.proxy_port_max + 1),
         release_delay_s=config.proxy_release_delay_s,
@@ -302,6 +304,17 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
             if endpoint.identity is None or wanted != endpoint.identity_labels:
                 lives.retry_identity(endpoint.id)
 
+    l7_log = L7Log(
+        xds,
+        monitor,
+        conntrack=conntrack,
+        endpoints=endpoints,
+        calculation=calculation,
+        ipcache=regeneration.ipcache_rows,
+        redirects=proxy.redirects,
+        policy_text=policy_text,
+    )
+
     # ---- work that may fail, by name
     async def save_identities() -> None:
         known = {
@@ -357,6 +370,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("announcements", push_announcements, retry_s=1.0, resync_s=300.0),
         Controller("save-identities", save_identities, min_interval_s=5.0),
         Controller("proxy-sync", proxy.sync, retry_s=0.2, retry_max_s=1.0, resync_s=0.1),
+        Controller("proxy-log", l7_log.follow, retry_s=0.2, retry_max_s=1.0, resync_s=0.1),
         Controller("proxy-routing", proxy.keep_routing, min_interval_s=0.2, resync_s=10.0),
         Controller("proxy-release", proxy.release, resync_s=5.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
@@ -442,7 +456,10 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                     kernel_audit=kernel_audit,
                 ),
                 datapath=server.DatapathServer(
-                    dumps=dumps, endpoints=endpoints, datapath=datapath, monitor=monitor
+                    dumps=dumps,
+                    endpoints=endpoints,
+                    datapath=datapath,
+                    monitor=monitor,
                 ),
                 monitor=server.MonitorServer(
                     monitor=monitor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from cilia.bpf.layout import CT_ENTRY, CT_KEY, NAT_KEY, NAT_VALUE, to_addr
 from services.agent import metrics
 from services.agent.datapath import Datapath, monotonic_s
 from services.agent.ipam import Address
+
+Tuple = tuple[Address, int, Address, int]  # source and its port, destination and its port
+_TCP: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,23 @@ class Conntrack:
             self._nat.delete_batch(nat_keys[mine])
         return int(deleted)
 
+    async def identities(self, tuples: Iterable[Tuple]) -> dict[Tuple, tuple[int, int]]:
+        """(source's, destination's) identity of TCP connections, as their ends' policies were asked
+        about them; 0 of an end that was not asked about. Those not known are left out."""
+        return await self._datapath.run(self._identities, list(tuples))
+
+    def _identities(self, tuples: list[Tuple]) -> dict[Tuple, tuple[int, int]]:
+        found = {}
+        for key in tuples:
+            raw = self._ct.lookup(_ct_key(*key))
+            if raw:
+                egress, ingress = np.frombuffer(raw, CT_ENTRY)[0]["side"]
+                found[key] = (
+                    int(ingress["remote_id"]) if ingress["policy_rev"] else 0,
+                    int(egress["remote_id"]) if egress["policy_rev"] else 0,
+                )
+        return found
+
     @property
     def _ct(self) -> Map:
         return self._datapath.map("cilia_ct")
@@ -76,6 +96,16 @@ class Conntrack:
     @property
     def _nat(self) -> Map:
         return self._datapath.map("cilia_nat")
+
+
+def _ct_key(source: Address, sport: int, destination: Address, dport: int) -> bytes:
+    """Of a TCP connection: its ends sorted as byte strings, address before port."""
+    ends = sorted(((to_addr(source), sport), (to_addr(destination), dport)))
+    key = np.zeros(1, CT_KEY)
+    key["lo"], key["hi"] = np.void(ends[0][0]), np.void(ends[1][0])
+    key["lo_port_be"], key["hi_port_be"] = ends[0][1], ends[1][1]
+    key["proto"] = _TCP
+    return key.tobytes()
 
 
 def _is_one_of(column: npt.NDArray[Any], addresses: list[bytes]) -> npt.NDArray[np.bool_]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Callable, Collection, Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from cilia.bpf.probe import Feature
 from cilia.controller import ControllerStatus
@@ -21,6 +21,7 @@ from cilia.rpc.convert import (
 from protos.agent.v1 import agent_pb2
 from protos.common.v1 import common_pb2
 from protos.identity.v1 import identity_pb2
+from protos.xds.v1 import xds_pb2
 from services.agent.clients import Outcome
 from services.agent.clusterwatch import PolicyEntry, PolicyName
 from services.agent.drift import Drift
@@ -424,6 +425,64 @@ def event_to_proto(event: Decoded) -> agent_pb2.MonitorEvent:
     if event.rule is not None:
         message.rule.CopyFrom(rule_to_proto(event.rule))
     return message
+
+
+_L7_VERDICTS = {
+    xds_pb2.L7Record.FORWARDED: "FORWARDED",
+    xds_pb2.L7Record.DENIED: "DENIED",
+    xds_pb2.L7Record.ERROR: "ERROR",
+}
+_L7_DIRECTIONS = {xds_pb2.INGRESS: "ingress", xds_pb2.EGRESS: "egress", xds_pb2.BOTH: "both"}
+
+
+def l7_concerns(record: xds_pb2.L7Record, *, endpoints: Collection[int], denied_only: bool) -> bool:
+    if denied_only and record.verdict != xds_pb2.L7Record.DENIED:
+        return False
+    ends = (record.source.endpoint_id, record.destination.endpoint_id)
+    return not endpoints or any(number in endpoints for number in ends if number)
+
+
+def l7_event(record: xds_pb2.L7Record) -> agent_pb2.MonitorEvent:
+    verdict = _L7_VERDICTS.get(record.verdict, "")
+    http = record.http
+    said = f"{http.method} {http.url}" if record.HasField("http") else record.parser
+    if http.code:
+        said += f" => {http.code}"
+    if record.HasField("http") and http.grpc_status >= 0 and "grpc" in _content_type(http):
+        said += f" grpc-status {http.grpc_status}"
+    if record.latency_ns:
+        said += f", {record.latency_ns / 1e6:.1f} ms"
+    if record.verdict == xds_pb2.L7Record.DENIED:
+        said += f"; no rule allows it: {record.policy}" if record.policy else "; no rule allows it"
+    elif record.policy:
+        said += f"; rule {record.policy}"
+    return agent_pb2.MonitorEvent(
+        time_ns=record.time_ns,
+        type="l7",
+        verdict=verdict,
+        direction=_L7_DIRECTIONS.get(record.direction, ""),
+        source=_l7_peer(record.source),
+        destination=_l7_peer(record.destination),
+        protocol=record.parser,
+        explanation=said,
+        l7=record,
+    )
+
+
+def _content_type(http: xds_pb2.HTTPRecord) -> str:
+    found = next((h.value for h in http.headers if h.name.lower() == "content-type"), "")
+    return found or ("grpc" if http.grpc_status > 0 else "")
+
+
+def _l7_peer(peer: xds_pb2.L7Peer) -> agent_pb2.Peer:
+    return agent_pb2.Peer(
+        address=str(ip_address(peer.address)) if peer.address else "",
+        port=peer.port,
+        identity=peer.identity,
+        labels=peer.labels,
+        ep_id=peer.endpoint_id,
+        name=peer.endpoint_name,
+    )
 
 
 # ---- status

@@ -82,10 +82,12 @@ class Batch:
     events: EventArray | None = None
     note: Notification | None = None
     lost: int = 0
+    l7: tuple[Any, ...] = ()  # records of requests, messages of the xds service
+    lost_l7: int = 0
 
     @property
     def weight(self) -> int:
-        return len(self.events) if self.events is not None else 1
+        return len(self.events) if self.events is not None else max(1, len(self.l7))
 
 
 class Monitor:
@@ -126,6 +128,13 @@ class Monitor:
 
     def notify(self, note: Notification) -> None:
         self._fanout.publish(Batch(note=note))
+
+    @property
+    def listened(self) -> bool:
+        return len(self._fanout) > 0
+
+    def publish_l7(self, records: tuple[Any, ...], lost: int) -> None:
+        self._fanout.publish(Batch(l7=records, lost_l7=lost))
 
     def _arm(self) -> None:
         """Wait for the ring if somebody listens, else for the next emptying."""
@@ -269,6 +278,8 @@ class Decoder:
         elif kind == k.EVENT_VERDICT:
             code = -verdict_value if verdict_value < 0 else 0
             verdict = "DENIED" if verdict_value < 0 else "ALLOWED"
+            if verdict_value > 0:
+                verdict = "REDIRECTED"
             if flags & k.EVENT_F_AUDITED:
                 verdict = "AUDIT"
                 code = code or int(event["reason"])

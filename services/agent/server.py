@@ -301,7 +301,12 @@ class PolicyServer(agent_pb2_grpc.PolicyServiceServicer):
 
 class DatapathServer(agent_pb2_grpc.DatapathServiceServicer):
     def __init__(
-        self, *, dumps: Dumps, endpoints: Endpoints, datapath: Datapath, monitor: Monitor
+        self,
+        *,
+        dumps: Dumps,
+        endpoints: Endpoints,
+        datapath: Datapath,
+        monitor: Monitor,
     ) -> None:
         self._dumps = dumps
         self._endpoints = endpoints
@@ -407,6 +412,8 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
                         for batch in delivery.items
                         if batch.note is not None
                     ],
+                    l7=[record for batch in delivery.items for record in batch.l7],
+                    lost_l7=sum(batch.lost_l7 for batch in delivery.items),
                 )
 
     @_written
@@ -414,14 +421,15 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
         self, request: agent_pb2.MonitorRequest, context: Context
     ) -> AsyncIterator[agent_pb2.MonitorEvent]:
         types = {word.lower() for word in request.types}
-        unknown = types - {*_EVENT_TYPES, "agent"}
+        unknown = types - {*_EVENT_TYPES, "l7", "agent"}
         if unknown:
             raise convert.RequestInvalid(
                 f"{', '.join(sorted(unknown))}: no such type of event",
-                cure="Use drop, trace, verdict or agent",
+                cure="Use drop, trace, verdict, l7 or agent",
             )
         kinds = [_EVENT_TYPES[word] for word in types if word in _EVENT_TYPES]
         agent = not types or "agent" in types
+        l7 = not types or "l7" in types
         with self._monitor.subscribe() as subscription:
             await context.send_initial_metadata(())
             async for delivery in subscription:
@@ -440,6 +448,19 @@ class MonitorServer(agent_pb2_grpc.MonitorServiceServicer):
                         )
                     if batch.note is not None and agent and not request.verdicts_denied_only:
                         yield convert.notification_event(batch.note)
+                    if batch.lost_l7 and l7:
+                        yield agent_pb2.MonitorEvent(
+                            type="lost",
+                            lost=batch.lost_l7,
+                            explanation=f"{batch.lost_l7} requests were lost by the proxy's log",
+                        )
+                    for record in batch.l7 if l7 else ():
+                        if convert.l7_concerns(
+                            record,
+                            endpoints=request.endpoint_ids,
+                            denied_only=request.verdicts_denied_only,
+                        ):
+                            yield convert.l7_event(record)
                     if batch.events is None or (types and not kinds):
                         continue
                     chosen = self._decoder.select(

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
@@ -465,3 +466,44 @@ def test_on_a_host_that_drops_what_comes_in(node: AgentNode, outward: Places, ac
         nothing_passes(node, outward, f"input-{bool(accept)}")
     finally:
         run(*node.inside("node", "nft", "delete", "table", "inet", "firewall"))
+
+
+def test_requests_are_told_of(node: AgentNode, outward: Places) -> None:
+    """Each comes with who asked whom, as the kernel knew them, and the rule that decided."""
+    stream = node.monitor.Monitor(pb.MonitorRequest(types=["l7"]), timeout=30)
+    found: list[pb.MonitorEvent] = []
+    thread = threading.Thread(target=lambda: found.extend(_until_cancelled(stream)))
+    thread.start()
+    address = outward.addresses["deathstar4"]
+    try:
+        stream.initial_metadata()
+        client, server = node.get("tiefighter"), node.get("deathstar")
+        assert once(node, "tiefighter", address, "GET", "/allowed")[0] == 200
+        assert once(node, "tiefighter", address, "PUT", "/v1/exhaust-port")[0] == 403
+        eventually(
+            lambda: any(e.l7.http.method == "PUT" for e in found),
+            within_s=5,
+            what=f"the request is told of: {found}",
+        )
+    finally:
+        stream.cancel()
+        thread.join(timeout=5)
+    denied = next(e for e in found if e.l7.http.method == "PUT")
+    assert (denied.verdict, denied.l7.http.code, denied.direction) == ("DENIED", 403, "egress")
+    assert denied.source.name == "default/tiefighter"
+    assert denied.destination.name == "default/deathstar"
+    assert (denied.source.identity, denied.destination.identity) == (
+        client.identity,
+        server.identity,
+    )
+    assert {label.key: label.value for label in denied.source.labels}["app"] == "tiefighter"
+    assert "outward" in denied.explanation
+    assert "test.yaml" in denied.explanation
+    allowed = [e for e in found if e.l7.http.url.endswith("/allowed")]
+    assert {e.verdict for e in allowed} == {"FORWARDED"}
+    assert all("outward" in e.l7.policy for e in allowed)
+
+
+def _until_cancelled(stream: Any) -> Iterator[pb.MonitorEvent]:
+    with contextlib.suppress(grpc.RpcError):
+        yield from stream

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from protos.common.v1 import common_pb2 as _common_pb2
 from protos.identity.v1 import identity_pb2 as _identity_pb2
+from protos.xds.v1 import xds_pb2 as _xds_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1407,6 +1408,8 @@ class EventBatch(_message.Message):
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     MEANING_FIELD_NUMBER: _builtins.int
     WALL_OFFSET_NS_FIELD_NUMBER: _builtins.int
+    L7_FIELD_NUMBER: _builtins.int
+    LOST_L7_FIELD_NUMBER: _builtins.int
     events: _builtins.bytes
     """n * 128 bytes, struct event"""
     lost_ring: _builtins.int
@@ -1415,11 +1418,17 @@ class EventBatch(_message.Message):
     """since the last batch: this subscriber was too slow"""
     wall_offset_ns: _builtins.int
     """what to add to an event's time to have wall clock"""
+    lost_l7: _builtins.int
+    """since the last batch: the proxy, or this agent, was too slow"""
     @_builtins.property
     def notifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Notification]: ...
     @_builtins.property
     def meaning(self) -> Global___EventMeaning:
         """what numbers in events mean: changes; all, in a stream's first message"""
+
+    @_builtins.property
+    def l7(self) -> _containers.RepeatedCompositeFieldContainer[_xds_pb2.L7Record]:
+        """requests the proxy told of, their ends named"""
 
     def __init__(
         self,
@@ -1430,10 +1439,12 @@ class EventBatch(_message.Message):
         notifications: _abc.Iterable[Global___Notification] | None = ...,
         meaning: Global___EventMeaning | None = ...,
         wall_offset_ns: _builtins.int = ...,
+        l7: _abc.Iterable[_xds_pb2.L7Record] | None = ...,
+        lost_l7: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["meaning", b"meaning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "lost_ring", b"lost_ring", "lost_transport", b"lost_transport", "meaning", b"meaning", "notifications", b"notifications", "wall_offset_ns", b"wall_offset_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "l7", b"l7", "lost_l7", b"lost_l7", "lost_ring", b"lost_ring", "lost_transport", b"lost_transport", "meaning", b"meaning", "notifications", b"notifications", "wall_offset_ns", b"wall_offset_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1631,7 +1642,7 @@ class MonitorRequest(_message.Message):
     verdicts_denied_only: _builtins.bool
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """drop, trace, verdict, agent; empty: all"""
+        """drop, trace, verdict, l7, agent; empty: all"""
 
     @_builtins.property
     def endpoint_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -1677,12 +1688,13 @@ class MonitorEvent(_message.Message):
     EXPLANATION_FIELD_NUMBER: _builtins.int
     ICMP_TYPE_FIELD_NUMBER: _builtins.int
     ICMP_CODE_FIELD_NUMBER: _builtins.int
+    L7_FIELD_NUMBER: _builtins.int
     time_ns: _builtins.int
     """wall clock"""
     type: _builtins.str
-    """drop, trace, verdict, agent, lost"""
+    """drop, trace, verdict, l7, agent, lost"""
     verdict: _builtins.str
-    """ALLOWED, DENIED, AUDIT"""
+    """ALLOWED, DENIED, AUDIT, REDIRECTED; of l7 FORWARDED, DENIED, ERROR"""
     direction: _builtins.str
     reason: _builtins.str
     """drop reason text"""
@@ -1712,6 +1724,8 @@ class MonitorEvent(_message.Message):
 
     @_builtins.property
     def notification(self) -> Global___Notification: ...
+    @_builtins.property
+    def l7(self) -> _xds_pb2.L7Record: ...
     def __init__(
         self,
         *,
@@ -1738,10 +1752,11 @@ class MonitorEvent(_message.Message):
         explanation: _builtins.str = ...,
         icmp_type: _builtins.int = ...,
         icmp_code: _builtins.int = ...,
+        l7: _xds_pb2.L7Record | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "notification", b"notification", "rule", b"rule", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "l7", b"l7", "notification", b"notification", "rule", b"rule", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ct_state", b"ct_state", "default_deny", b"default_deny", "destination", b"destination", "direction", b"direction", "ep_id", b"ep_id", "explanation", b"explanation", "icmp_code", b"icmp_code", "icmp_type", b"icmp_type", "length", b"length", "lost", b"lost", "match", b"match", "notification", b"notification", "observation_point", b"observation_point", "protocol", b"protocol", "reason", b"reason", "reason_code", b"reason_code", "reply", b"reply", "rule", b"rule", "source", b"source", "tcp_flags", b"tcp_flags", "time_ns", b"time_ns", "type", b"type", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ct_state", b"ct_state", "default_deny", b"default_deny", "destination", b"destination", "direction", b"direction", "ep_id", b"ep_id", "explanation", b"explanation", "icmp_code", b"icmp_code", "icmp_type", b"icmp_type", "l7", b"l7", "length", b"length", "lost", b"lost", "match", b"match", "notification", b"notification", "observation_point", b"observation_point", "protocol", b"protocol", "reason", b"reason", "reason_code", b"reason_code", "reply", b"reply", "rule", b"rule", "source", b"source", "tcp_flags", b"tcp_flags", "time_ns", b"time_ns", "type", b"type", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
