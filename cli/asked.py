@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from cilia.identity import HOST, reserved_labels
 from cilia.labels import Label, Labels
-from cilia.policy import Document, DocumentError, Origin, document_from_parts
+from cilia.policy import Document, DocumentError, Origin, RuleRef, document_from_parts
 from cilia.policy.questions.inventory import (
     Inventory,
     InventoryEndpoint,
     InventoryError,
     parse_inventory,
 )
+from cilia.policy.questions.judge import Answer, Judged
 from cilia.policy.questions.scene import Scene
 from cli import documents, render
 from cli.errors import CliError, Exit
@@ -186,3 +187,44 @@ def _files_of(stored: Sequence[Document]) -> dict[str, str]:
         if all(x.key in here and here[x.key] == x for x in mine):
             found[name] = text.decode("utf-8-sig", "replace")
     return found
+
+
+# ---- answers
+
+
+def rule_shape(ref: RuleRef) -> dict[str, Any]:
+    """``{id, name, path, file, line, column}``"""
+    return {
+        "id": int(ref.rule_id),
+        "name": ref.policy,
+        "path": ref.path,
+        "file": ref.origin.source or None,
+        "line": ref.origin.line or None,
+        "column": ref.origin.column or None,
+    }
+
+
+def rule_text(shape: dict[str, Any]) -> str:
+    """`CiliumNetworkPolicy default/rule1 spec.ingress[0] (file:line:column)`"""
+    place = ":".join(str(shape[x]) for x in ("file", "line", "column") if shape[x] is not None)
+    return f"{shape['name']} {shape['path']}" + (f" ({place})" if place else "")
+
+
+def judged_shape(judged: Judged) -> dict[str, Any]:
+    """One end's answer."""
+    return {
+        "verdict": "allowed" if judged.allowed else "denied",
+        "enforced": judged.enforced,
+        "reason": judged.reason,
+        "rules": [rule_shape(x) for x in judged.rules],
+        "default_deny": [rule_shape(x) for x in judged.default_deny],
+    }
+
+
+def trace_shape(answer: Answer) -> dict[str, Any]:
+    """Both ends' answers, as the agent gives them too."""
+    return {
+        "verdict": "allowed" if answer.allowed else "denied",
+        "egress": judged_shape(answer.egress),
+        "ingress": judged_shape(answer.ingress),
+    }

@@ -36,6 +36,12 @@ def end(scene: Scene, texts: Sequence[str], namespace: str = "default") -> End:
         head, colon, rest = text.partition(":")
         if colon and head in ("endpoint", "ep"):
             return _endpoint(scene, rest, namespace) or _unknown(scene, rest)
+        if colon and head in ("identity", "id"):
+            raise CliError(
+                f"{text!r} can only be looked up by an agent",
+                code=Exit.INVALID,
+                hint="Say who it is by labels (app=web), an address or an endpoint's name.",
+            )
         if head == SOURCE_RESERVED and rest in RESERVED_BY_NAME:
             return _entity(scene, rest)
         if (found := _address(scene, text)) is not None:
@@ -110,17 +116,18 @@ def _labels(texts: Sequence[str], namespace: str) -> Labels:
         ) from error
 
 
-def port(text: str) -> tuple[int, int]:
-    """`80/tcp` as (6, 80); without a protocol TCP, of ICMP the type. Raises CliError."""
-    number, _, protocol = text.partition("/")
+def port(text: str, *, protocol: str = "TCP") -> tuple[int, int]:
+    """`80/tcp` as (6, 80), of ICMP the type; `protocol` is what is meant without one. Raises
+    CliError."""
+    number, _, said = text.partition("/")
     if not (number.isascii() and number.isdigit()) or int(number) > 65535:
         raise CliError(
             f"{text!r} is not a port: write 80 or 80/tcp (0 to 65535)", code=Exit.INVALID
         )
-    proto = PROTO_BY_NAME.get(protocol.upper() or "TCP")
+    proto = PROTO_BY_NAME.get(said.upper() or protocol)
     if proto is None:
         raise CliError(
-            f"unknown protocol {protocol!r} in {text!r}: one of TCP, UDP, SCTP, ICMP, ICMPv6, ANY",
+            f"unknown protocol {said!r} in {text!r}: one of TCP, UDP, SCTP, ICMP, ICMPv6, ANY",
             code=Exit.INVALID,
         )
     return proto, int(number)

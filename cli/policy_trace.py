@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from cli import clients, offline, refs, render, shapes
+from cilia.policy import PROTO_NAMES
+from cilia.policy.questions.judge import Question, ask
+from cli import asked, ends, render
 from cli.errors import Exit
-from cli.policy import namespace_option
+from cli.policy import endpoints_option, namespace_option, policies_option, request_options
 from cli.settings import Command, Settings, examples, pass_settings
-from protos.agent.v1 import agent_pb2
 
 
 @click.command(
@@ -20,6 +21,7 @@ from protos.agent.v1 import agent_pb2
 cilia policy trace --src xwing --dst deathstar-1 --dport 80/tcp
 cilia policy trace -s org=alliance -d org=empire,class=deathstar --dport 80/tcp
 cilia policy trace --policies policies/ -s org=alliance -d class=deathstar --dport 80/tcp
+cilia policy trace -s web -d db -p 80/tcp --method GET --path /public
 cilia policy trace -s identity:1234 -d 192.0.2.1 --dport 443/tcp --exit-code
 """),
 )
@@ -43,18 +45,15 @@ cilia policy trace -s identity:1234 -d 192.0.2.1 --dport 443/tcp --exit-code
     metavar="PORT[/PROTOCOL]",
     help="Destination port, for example 80/tcp. Without it: any port at all.",
 )
-@click.option(
-    "--policies",
-    multiple=True,
-    type=click.Path(),
-    metavar="FILE|DIR",
-    help="Ask these files instead of the agent (labels and addresses only).",
-)
+@request_options
+@policies_option
+@endpoints_option
 @click.option(
     "--mode",
+    "--enforcement",
+    "enforcement",
     type=click.Choice(["default", "always", "never"]),
-    default="default",
-    help="Enforcement mode, with --policies.",
+    help="Enforcement mode.  [default: the agent's; of files: default]",
 )
 @click.option("--exit-code", is_flag=True, help="Exit with 1 when denied.")
 @namespace_option
@@ -64,44 +63,74 @@ def trace(
     src: tuple[str, ...],
     dst: tuple[str, ...],
     dport: str,
+    method: str,
+    path: str,
+    host: str,
+    header: tuple[str, ...],
     policies: tuple[str, ...],
-    mode: offline.Mode,
+    endpoints: str | None,
+    enforcement: str | None,
     exit_code: bool,
     namespace: str,
 ) -> None:
     """Say whether a connection would be allowed, and which rule decides.
 
     The same engine that programs the kernel answers, on both sides: the source's egress and the
-    destination's ingress.
+    destination's ingress. With --method, --path, --host or --header, about an HTTP request.
+    `cilia why` says more about a denial.
     """
-    port, protocol = refs.port(dport)
-    if policies:
-        shape = offline.trace(
-            src=src,
-            dst=dst,
-            port=port,
-            protocol=protocol,
-            paths=policies,
-            mode=mode,
+    proto, port = ends.port(dport, protocol="ANY")
+    request = ends.request(method, path, host, header)
+    if policies or endpoints or enforcement or request:
+        about = asked.load(
+            settings,
+            policies=policies,
+            endpoints=endpoints,
+            enforcement=enforcement,
             namespace=namespace,
+            need_endpoints=False,
         )
-    else:
-        request = agent_pb2.TraceRequest(
-            source=refs.subject(src, namespace),
-            destination=refs.subject(dst, namespace),
+        scene = about.scene()
+        question = Question(
+            src=ends.end(scene, src, namespace),
+            dst=ends.end(scene, dst, namespace),
+            proto=proto,
             port=port,
-            protocol=protocol,
+            request=request,
         )
-        reply = clients.agent(
-            settings, lambda agent: agent.policy.Trace(request, timeout=agent.timeout_s)
-        )
-        shape = shapes.trace(reply)
+        shape = asked.trace_shape(ask(scene, question))
+    else:
+        shape = _by_agent(settings, src, dst, proto, port, namespace)
     if settings.json:
         render.json(shape)
     else:
-        _show_trace(settings, shape, src, dst, port, protocol)
+        _show_trace(settings, shape, src, dst, port, PROTO_NAMES[proto])
     if exit_code and shape["verdict"] != "allowed":
         raise SystemExit(int(Exit.FAILED))
+
+
+def _by_agent(
+    settings: Settings,
+    src: tuple[str, ...],
+    dst: tuple[str, ...],
+    proto: int,
+    port: int,
+    namespace: str,
+) -> dict[str, Any]:
+    """The agent's answer: it knows identities by number, and what is enforced here."""
+    from cli import clients, refs, shapes  # gRPC: needed only here
+    from protos.agent.v1 import agent_pb2
+
+    request = agent_pb2.TraceRequest(
+        source=refs.subject(src, namespace),
+        destination=refs.subject(dst, namespace),
+        port=port,
+        protocol=PROTO_NAMES[proto].upper(),
+    )
+    reply = clients.agent(
+        settings, lambda agent: agent.policy.Trace(request, timeout=agent.timeout_s)
+    )
+    return shapes.trace(reply)
 
 
 def _show_trace(
@@ -130,7 +159,7 @@ def _show_trace(
         for word, rules in (("decided", verdict["rules"]), ("isolated", isolating)):
             for rule in rules:
                 if rule["name"] not in verdict["reason"]:
-                    render.line(settings, f"  {word} by {shapes.rule_text(rule)}")
+                    render.line(settings, f"  {word} by {asked.rule_text(rule)}")
     final = shape["verdict"].upper()
     render.line(settings, "")
     render.line(

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from cilia.policy import RuleRef
-from cilia.policy.questions.judge import Answer, Judged, Question, ask
+from cilia.policy.questions.judge import Answer, Question, ask
 from cilia.policy.questions.misses import Miss, near_misses
 from cilia.policy.questions.repair import Proposal, propose
 from cilia.policy.questions.scene import Scene
@@ -161,32 +160,9 @@ def _reader(
 # ---- answers
 
 
-def rule_shape(ref: RuleRef) -> dict[str, Any]:
-    """``{id, name, path, file, line, column}``"""
-    return {
-        "id": int(ref.rule_id),
-        "name": ref.policy,
-        "path": ref.path,
-        "file": ref.origin.source or None,
-        "line": ref.origin.line or None,
-        "column": ref.origin.column or None,
-    }
-
-
-def judged_shape(judged: Judged) -> dict[str, Any]:
-    """One end, in the form of a trace's."""
-    return {
-        "verdict": "allowed" if judged.allowed else "denied",
-        "enforced": judged.enforced,
-        "reason": judged.reason,
-        "rules": [rule_shape(x) for x in judged.rules],
-        "default_deny": [rule_shape(x) for x in judged.default_deny],
-    }
-
-
 def _miss_shape(miss: Miss) -> dict[str, Any]:
     return {
-        "rule": rule_shape(miss.rule),
+        "rule": asked.rule_shape(miss.rule),
         "distance": miss.distance,
         "failed": [{"condition": x.condition, "text": x.text} for x in miss.failures],
     }
@@ -201,15 +177,15 @@ def shape(
         "source": answer.question.src.name,
         "destination": answer.question.dst.name,
         "what": answer.question.what,
-        "egress": judged_shape(answer.egress),
-        "ingress": judged_shape(answer.ingress),
+        "egress": asked.judged_shape(answer.egress),
+        "ingress": asked.judged_shape(answer.ingress),
         "denials": [
             {
                 "direction": "egress" if x.egress else "ingress",
                 "cause": x.cause,
                 "endpoint": x.subject.name,
-                "default_deny": [rule_shape(y) for y in x.default_deny],
-                "denied_by": [rule_shape(y) for y in x.rules] if x.cause == "deny" else [],
+                "default_deny": [asked.rule_shape(y) for y in x.default_deny],
+                "denied_by": [asked.rule_shape(y) for y in x.rules] if x.cause == "deny" else [],
                 "near_misses": [_miss_shape(y) for y in misses[x.egress][:MAX_MISSES]],
             }
             for x in answer.denials

@@ -415,8 +415,33 @@ def test_matrix_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_offline_trace_cannot_look_up_endpoints(tmp_path: Path) -> None:
     result = _trace(tmp_path, "-s", "xwing", "-d", "app=web")
-    assert result.exit_code == Exit.INVALID
+    assert result.exit_code == Exit.NOT_FOUND
     assert "labels" in result.stderr
+    number = _trace(tmp_path, "-s", "identity:7", "-d", "app=web")
+    assert number.exit_code == Exit.INVALID
+    assert "only be looked up by an agent" in number.stderr
+
+
+def test_offline_trace_of_endpoints_and_requests(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    (tmp_path / "p.yaml").write_text(
+        POLICY + '          rules: {http: [{method: GET, path: "/public.*"}]}\n'
+    )
+    asked = ("policy", "trace", "-s", "front", "-d", "web", "-p", "80/tcp", *given)
+    for request, verdict in (
+        ((), "allowed"),
+        (("--method", "GET", "--path", "/public/x"), "allowed"),
+        (("--method", "POST", "--path", "/public/x"), "denied"),
+        (("--path", "/secret", "--host", "a.org", "--header", "X-A: 1"), "denied"),
+    ):
+        result = run(*asked, *request, "-o", "json")
+        shape = json.loads(result.stdout)
+        assert shape["verdict"] == verdict, request
+        assert shape["ingress"]["rules"][0]["path"] == "spec.ingress[0]"
+        assert shape["ingress"]["rules"][0]["file"] == f"{tmp_path}/p.yaml"
+    assert "no rule lets this request pass" in run(*asked, "--method", "PUT").stdout
+    never = run("policy", "trace", "-s", "x", "-d", "web", *given, "--mode", "never", "-o", "json")
+    assert json.loads(never.stdout)["verdict"] == "allowed"
 
 
 def test_nobody_there(tmp_path: Path) -> None:
