@@ -52,7 +52,7 @@ from services.xds.resources import (
     type_info,
 )
 from services.xds.status import StatusReader
-from services.xds.stream import StreamRefused
+from services.xds.stream import Stream, StreamRefused
 
 log = structlog.get_logger()
 
@@ -74,6 +74,12 @@ SERVICES: Final[tuple[tuple[str, str, TypeURL | None], ...]] = (
     ("cilium.NetworkPolicyDiscoveryService", "NetworkPolicies", NPDS),
     ("cilium.NetworkPolicyHostsDiscoveryService", "NetworkPolicyHosts", NPHDS),
 )
+
+
+# From so many resources on, only so many streams are written to at once, for so long each.
+_LARGE: Final = 32
+_LARGE_AT_ONCE: Final = 32
+_TURN_S: Final = 1.0
 
 
 class NodeUnknown(StreamRefused):
@@ -110,6 +116,7 @@ class DiscoveryServer:
         self._transport = transport
         self._node = node
         self._limits = limits or EdgeLimits()
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._closing = asyncio.Event()
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -213,8 +220,10 @@ class DiscoveryServer:
             wake.clear()
             if self._closing.is_set():
                 raise _Closing
-            for data in stream.send(time.monotonic()):
-                await context.write(data)
+            if stream.backlog < _LARGE:
+                await self._write_due(stream, context)
+            else:
+                await self._write_in_turn(stream, context)
             self._hub.settle(attached, time.time())
             if wake.is_set():
                 continue
@@ -226,6 +235,17 @@ class DiscoveryServer:
                     await wake.wait()
             except TimeoutError:
                 continue
+
+    async def _write_due(self, stream: Stream, context: Context) -> None:
+        for data in stream.send(time.monotonic()):
+            await context.write(data)
+
+    async def _write_in_turn(self, stream: Stream, context: Context) -> None:
+        """A few at a time: gRPC copies what it is given, and after a restart everybody comes back
+        at once. A client that reads slowly gives up its turn after a while."""
+        async with asyncio.TaskGroup() as group, self._large:
+            writing = spawn(group, self._write_due(stream, context), "xds-large-writer")
+            await asyncio.wait([writing], timeout=_TURN_S)
 
     def _attach(
         self,

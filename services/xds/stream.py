@@ -24,6 +24,7 @@ In state-of-the-world responses the last accepted version stands in its place.
 from __future__ import annotations
 
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -212,6 +213,11 @@ class Stream:
     def node(self) -> NodeID:
         return self.view.node
 
+    @property
+    def backlog(self) -> int:
+        """How many names are to be looked at: about what the next responses will hold."""
+        return sum(len(sub.dirty) for sub in self.subscriptions.values())
+
     # ---- in
 
     def receive(self, request: Any, now: float) -> None:
@@ -362,7 +368,8 @@ class Stream:
                 sub.forget(name)
 
     def _checked(self, names: Iterable[str]) -> set[str]:
-        checked = set(names)
+        # Many clients name the same: one string of each is enough.
+        checked = {sys.intern(name) for name in names}
         for name in checked:
             if len(name) > MAX_NAME_BYTES:
                 raise StreamRefused(f"a resource name has {len(name)} characters")
@@ -423,11 +430,10 @@ class Stream:
         names = sorted(response.upserts)
         named = [name for name in names if _mentions(reason, name)]
         rest = [name for name in names if name not in named] if named else []
-        whole_state = sub.info.whole and not self.delta
         for name, (resource, before) in response.upserts.items():
-            # The others were most likely applied: a whole state without them would remove them.
-            if not (whole_state and name in rest):
-                self._roll_back(sub, name, resource, before)
+            self._roll_back(sub, name, resource, before)
+        # The others first: they were most likely applied, and a whole state without them would
+        # take them away again.
         if rest:
             sub.groups.append({name: response.upserts[name][1] for name in rest})
         for name in named or names:
