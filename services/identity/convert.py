@@ -43,7 +43,7 @@ MAX_NAMESPACE = 63
 MAX_WORKLOAD = 253
 MAX_SOURCE = 4096
 MAX_PATH = 1024
-MAX_DOCUMENT_BYTES = 512 * 1024
+MAX_DOCUMENT_BYTES = 1280 * 1024
 # As many as the parser gives a document; with it they stay below the store's bound of a request.
 MAX_RULE_ORIGINS = 16384
 MAX_POLICIES = 128

@@ -37,7 +37,7 @@ from cilia.policy.tree import Node, TreeError, from_plain, parse_text
 
 MAX_RULES: Final = 10_000  # in one document
 MAX_DOCUMENTS: Final = 20_000
-MAX_DOCUMENT_BYTES: Final = 512 * 1024  # the store's bound of one document, as JSON
+MAX_DOCUMENT_BYTES: Final = 1280 * 1024  # the store's bound of one document, as JSON
 MAX_ORIGINS: Final = (
     16_384  # rules, entries and L7 port rules of a document: their places are stored
 )

@@ -288,7 +288,7 @@ def _generic_key(text: str) -> str:
 
 
 _GENERIC: Final = MapOf(Text(), max_items=256, key=_generic_key)
-_L7PROTO: Final = re.compile(r"[a-z0-9]([-a-z0-9._]{0,62}[a-z0-9])?\Z")
+_L7PROTO: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._]{0,62}[A-Za-z0-9])?\Z")
 _KNOWN_PARSERS: Final = ("http", "kafka", "dns")
 
 
@@ -298,8 +298,8 @@ def _l7proto(text: str) -> str:
         raise ValueError(f"{shown(text)} cannot be an l7proto: {known}")
     if not _L7PROTO.match(text):
         raise ValueError(
-            f"{shown(text)} is not the name of a parser: lower case letters, digits, '-', '.' and "
-            "'_', at most 64"
+            f"{shown(text)} is not the name of a parser: letters, digits, '-', '.' and '_', at "
+            "most 64"
         )
     return text
 

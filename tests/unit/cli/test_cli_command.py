@@ -572,13 +572,12 @@ def test_wrong_words_are_answered_with_right_ones(args: tuple[str, ...], hint: s
 
 def test_a_document_too_long_to_store_is_named_with_its_size_and_the_cure(tmp_path: Path) -> None:
     path = tmp_path / "long.yaml"
-    peers = ", ".join(f"{{matchLabels: {{app: front-{n:05}}}}}" for n in range(9_900))
-    wide = POLICY.replace("{matchLabels: {app: front}}", peers)
-    path.write_text(wide.replace("front-", "a-rather-long-name-of-a-front-end-"))
+    notes = ", ".join(f"note-{n}: {'x' * 250_000}" for n in range(6))
+    path.write_text(POLICY.replace("{name: rule1}", f"{{name: rule1, annotations: {{{notes}}}}}"))
     result = run("policy", "validate", str(path))
     assert result.exit_code == Exit.INVALID
     assert re.search(
-        rf"{path}:1:1: the document is \d{{6}} bytes long as stored, 524288 are allowed: "
+        rf"{path}:1:1: the document is \d{{7}} bytes long as stored, 1310720 are allowed: "
         "spread its rules over several documents",
         result.output,
     )

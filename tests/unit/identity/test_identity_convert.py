@@ -185,7 +185,7 @@ def _policy(number: int, *, origins: int = 0, size: int = 0) -> pb.Policy:
     [
         ([_policy(i) for i in range(129)], "d/p128", "129 documents at once are more than the 128"),
         ([_policy(1), _policy(2, origins=16_385)], "d/p2", "16385 rules and entries"),
-        ([_policy(1), _policy(2, size=600_000)], "d/p2", "600009 bytes long"),
+        ([_policy(1), _policy(2, size=1_400_000)], "d/p2", "1400009 bytes long"),
         ([_policy(i, size=500_000 + i) for i in range(4)], "d/p3", "the largest"),
         ([_policy(1), _policy(1)], "d/p1", "given twice"),
     ],
