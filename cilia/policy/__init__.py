@@ -2,6 +2,7 @@
 no gRPC.
 
 tree, schema, language   text -> documents or faults, all or nothing
+selectors, requests      whom rules are about, and what proxies must enforce, as frozen types
 api                      what documents say, as frozen types; it knows nothing of text
 repository               documents by name, rules by subject, rule numbers
 selectorcache            which identities a selector selects, incrementally
