@@ -311,3 +311,4 @@ def _import_all() -> None:
             for path in sorted(root.rglob("*_pb2.py")):
                 name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
                 importlib.import_module(name)
+    importlib.import_module("protos.npds.v1.npds_pb2")
