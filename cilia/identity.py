@@ -8,6 +8,7 @@ leave.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from types import MappingProxyType
 from typing import Final, NewType
@@ -136,12 +137,18 @@ def cidr_prefix(labels: Labels) -> IPv4Network | IPv6Network | None:
     """The prefix a CIDR identity stands for; /0 for a world of one family; None for all else."""
     for label in labels:
         if label.source == SOURCE_CIDR:
-            try:
-                return ip_network(label.key)
-            except ValueError:
-                return None
+            return _network(label.key)
     if labels == _WORLD4 or (len(labels) == 1 and reserved_label("world-ipv4") in labels):
-        return ip_network("0.0.0.0/0")
+        return _network("0.0.0.0/0")
     if labels == _WORLD6 or (len(labels) == 1 and reserved_label("world-ipv6") in labels):
-        return ip_network("::/0")
+        return _network("::/0")
     return None
+
+
+@lru_cache(maxsize=4096)
+def _network(text: str) -> IPv4Network | IPv6Network | None:
+    """Read over and over, for a moment each."""
+    try:
+        return ip_network(text)
+    except ValueError:
+        return None

@@ -7,6 +7,9 @@ api                      what documents say, as frozen types; it knows nothing o
 repository               documents by name, rules by subject, rule numbers
 selectorcache            which identities a selector selects, incrementally
 mapstate                 rows of a policy map and the kernel's lookup in them
+l7                       what proxies must enforce for a row
+program, live            what rules say of a subject; that, kept current with the identities
+compiled                 yes or no to very many questions
 engine                   puts the above together and answers questions
 """
 
@@ -38,6 +41,7 @@ from cilia.policy.engine import (
     ResolvedPolicy,
     RuleInfo,
     Service,
+    Subject,
     Trace,
     Verdict,
     describe,
@@ -87,6 +91,7 @@ __all__ = [
     "SelectorCache",
     "Service",
     "ServiceSelector",
+    "Subject",
     "Trace",
     "Unenforced",
     "Verdict",

@@ -41,6 +41,7 @@ from cilia.policy.api import (
     RuleRef,
     ServiceSelector,
 )
+from cilia.policy.compiled import CompiledPolicy
 from cilia.policy.l7 import L7Set, PortNames, port_names
 from cilia.policy.live import Live
 from cilia.policy.mapstate import MATCH_NONE, MapState, Match, l4_keys, lookup_blocks
@@ -466,6 +467,14 @@ class PolicyEngine:
             unenforced=(*live.unenforced(), *self._unnamed(program)),
         )
 
+    def state(self, subject: Subject) -> MapState | None:
+        """The rows of a subject that is held, or None if it is not, or if its rules changed since
+        it was resolved. For many subjects, where peers came and went."""
+        key = self._subjects.get(subject)
+        if key is None or subject in self._stale:
+            return None
+        return self._live[key].snapshot()
+
     def _unnamed(self, program: Program) -> Iterator[Unenforced]:
         for ref, name in program.peer_ports:
             if self._known_names[name] <= 0:
@@ -618,7 +627,10 @@ class PolicyEngine:
             ids=self.repository.ids,
             ingress_enforced=enforced[False],
             egress_enforced=enforced[True],
-            selectors={selector: tuple(dict.fromkeys(said)) for selector, said in found.items()},
+            selectors={
+                selector: tuple(said) if len(said) == 1 else tuple(dict.fromkeys(said))
+                for selector, said in found.items()
+            },
             everyone=tuple(dict.fromkeys(everyone)),
             host_allow=self.allow_localhost
             and (enforced[False] or bool(audited[False]))
@@ -696,6 +708,20 @@ class PolicyEngine:
                 return ()
             case _:
                 return (peer,)
+
+    def program(
+        self,
+        subject: Labels,
+        *,
+        mode: Mode | None = None,
+        named_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
+    ) -> Program:
+        """What the rules say of a subject, before any peer is looked at. Holds nothing."""
+        return self._program(Subject(subject, mode or self.mode, port_names(named_ports)))
+
+    def compile(self, *, mode: Mode | None = None) -> CompiledPolicy:
+        """The policies as they are now, made ready for many questions."""
+        return CompiledPolicy(self, mode=mode)
 
     def preview(self, documents: Iterable[Document]) -> Preview:
         """What other documents would mean for the identities there are. Enters them nowhere."""

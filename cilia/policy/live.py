@@ -61,6 +61,7 @@ class Live:
         self._l7: Final[Counter[L7Set]] = Counter()
         self.conflicts: Final[Counter[Unenforced]] = Counter()
         self._snapshot: MapState | None = None
+        self._shape: Shape | None = None  # as it was, if only the number of rows may differ now
         matched: dict[int, list[int]] = {}
         for selector, said in program.selectors.items():
             slot = self._take(selector, said)
@@ -150,6 +151,7 @@ class Live:
                     del self._kinds[key]
 
     def _count(self, block: Block, by: int) -> None:
+        self._shape = None
         for key, entry in block.items():
             self._plens[key.egress][key.plen] += by
             if entry.deny:
@@ -166,7 +168,7 @@ class Live:
             return False
         self._rows += len(new) - len(old)
         self._journal.put(ANY_IDENTITY, new)
-        self._snapshot = None
+        self._snapshot = self._shape = None
         return True
 
     # ---- rules
@@ -197,27 +199,26 @@ class Live:
             elif self._said[known] != said:
                 self._said[known] = said
                 stale.add(known)
-        everyone = (
+        outdated = stale.union(freed)
+        for key in [k for k in self._kinds if not outdated.isdisjoint(k[0])]:
+            del self._kinds[key]
+        redo: set[int] = set()
+        for selector in program.selectors if stale else ():
+            if slots[selector] in stale:
+                redo.update(cache.selected(selector))
+        if old.host_allow != program.host_allow:
+            redo.add(HOST)
+        if old.uses_names != program.uses_names:
+            redo.update(self._kind_of)
+            self._kinds.clear()
+        elif (
             old.everyone != program.everyone
             or old.wildcard != program.wildcard
-            or (old.host_allow, old.uses_names) != (program.host_allow, program.uses_names)
             or (old.ingress_enforced, old.egress_enforced)
             != (program.ingress_enforced, program.egress_enforced)
-        )
-        if everyone:
-            redo = set(self._kind_of)
-            if program.host_allow:
-                redo.add(HOST)
-            self._kinds.clear()
-        else:
-            redo = set()
-            for selector in program.selectors if stale else ():
-                if slots[selector] in stale:
-                    redo.update(cache.selected(selector))
-            outdated = stale.union(freed)
-            if outdated:
-                for key in [k for k in self._kinds if not outdated.isdisjoint(k[0])]:
-                    del self._kinds[key]
+        ):
+            others = self._redo_kinds()
+            redo.update(x for x, kind in self._kind_of.items() if kind in others)
         changed = self._set_wildcard()
         for identity in redo.union(moved):
             kind = self._kind_of.get(identity)
@@ -232,6 +233,17 @@ class Live:
             cache.release(selector, self)
         return changed
 
+    def _redo_kinds(self) -> set[Kind]:
+        """What is said of everyone changed: the kinds whose rows are others now. Forgets them."""
+        others = set()
+        for key, kind in list(self._kinds.items()):
+            slots, names, host = key
+            own = [c for slot in slots for c in self._said[slot]]
+            if self.program.block(own, names, host) != (kind.block, kind.conflicts):
+                del self._kinds[key]
+                others.add(kind)
+        return others
+
     def close(self) -> None:
         for selector in self._slots:
             self._cache.release(selector, self)
@@ -244,19 +256,24 @@ class Live:
     def snapshot(self) -> MapState:
         """The rows as they are now. Copies nothing."""
         if self._snapshot is None:
-            wildcard = self.program.wildcard
-            mine, any_ = [0, 0], [0, 0]
-            for direction, counts in enumerate(self._plens):
-                for plen, count in counts.items():
-                    if count:
-                        mine[direction] |= 1 << plen
-            for key in wildcard:
-                any_[key.egress] |= 1 << key.plen
-            denies = self._denies > 0 or any(e.deny for e in wildcard.values())
-            l7 = frozenset((*self._l7, *(e.l7 for e in wildcard.values() if e.l7 is not None)))
-            shape = Shape(self._rows, ((mine[0], mine[1]), (any_[0], any_[1])), denies, l7)
-            self._snapshot = self._journal.snapshot(shape)
+            shape = self._shape
+            if shape is None:
+                shape = self._shape = self._look()
+            self._snapshot = self._journal.snapshot(shape._replace(size=self._rows))
         return self._snapshot
+
+    def _look(self) -> Shape:
+        wildcard = self.program.wildcard
+        mine, any_ = [0, 0], [0, 0]
+        for direction, counts in enumerate(self._plens):
+            for plen, count in counts.items():
+                if count:
+                    mine[direction] |= 1 << plen
+        for key in wildcard:
+            any_[key.egress] |= 1 << key.plen
+        denies = self._denies > 0 or any(e.deny for e in wildcard.values())
+        l7 = frozenset((*self._l7, *(e.l7 for e in wildcard.values() if e.l7 is not None)))
+        return Shape(self._rows, ((mine[0], mine[1]), (any_[0], any_[1])), denies, l7)
 
     def unenforced(self) -> tuple[Unenforced, ...]:
         """What some rules of the program do not allow, for want of who would enforce it."""

@@ -309,6 +309,10 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         """The peers that have rows of their own; 0 stands for everyone."""
         return frozenset(self._blocks())
 
+    def blocks(self) -> Mapping[int, Block]:
+        """Rows by identity; many identities share one block. Not to be kept: it may move."""
+        return self._blocks()
+
     def block(self, identity: int) -> Block:
         journal = self._refresh()
         found = self._own.get(identity)
@@ -347,26 +351,30 @@ class MapState(Mapping[PolicyKey, PolicyEntry]):
         match = self.lookup(identity, egress, proto, port)
         return match is not None and not match.entry.deny
 
-    def delta(self, old: MapState | None) -> Delta:
-        """The writes that turn `old` (None: an empty map) into this.
+    def moved(self, old: MapState | None) -> Iterator[tuple[int, Block, Block]]:
+        """(identity, its rows in `old`, its rows here) of the peers whose block is another.
 
         Between two snapshots of one live map the cost is that of what changed in between.
         """
         if old is self:
-            return Delta({}, ())
+            return
         touched: Collection[int]
         if old is not None and self.follows(old) and self._journal is not None:
             touched = self._journal.between(*sorted((old.version, self.version)))
         else:
             before = old._blocks() if old is not None else {}
             touched = self._blocks().keys() | before.keys()
-        upserts: dict[PolicyKey, PolicyEntry] = {}
-        deletes: list[PolicyKey] = []
         for identity in touched:
             new_block = self.block(identity)
             old_block = old.block(identity) if old is not None else _EMPTY
-            if new_block is old_block:
-                continue
+            if new_block is not old_block:
+                yield identity, old_block, new_block
+
+    def delta(self, old: MapState | None) -> Delta:
+        """The writes that turn `old` (None: an empty map) into this; costs as `moved` does."""
+        upserts: dict[PolicyKey, PolicyEntry] = {}
+        deletes: list[PolicyKey] = []
+        for identity, old_block, new_block in self.moved(old):
             for key, entry in new_block.items():
                 if old_block.get(key) != entry:
                     upserts[PolicyKey(identity, *key)] = entry

@@ -33,12 +33,12 @@ class StoredRule:
     rule: Rule
     serial: int
 
-    @property
-    def order(self) -> tuple[object, ...]:
-        """Rules sort by policy and place, however they came."""
-        words = _WORDS.findall(self.rule.path)
-        place = tuple((int(number or 0), word) for word, number in words)
-        return (self.document.key, *place)
+    order: tuple[object, ...]  # rules sort by policy and place, however they came
+
+
+def _order(document: Document, rule: Rule) -> tuple[object, ...]:
+    words = _WORDS.findall(rule.path)
+    return (document.key, *((int(number or 0), word) for word, number in words))
 
 
 class RuleIDs:
@@ -175,7 +175,7 @@ class Repository:
             item = kept.pop(rule, None)
             if item is None:
                 self._serial += 1
-                item = StoredRule(document, rule, self._serial)
+                item = StoredRule(document, rule, self._serial, _order(document, rule))
                 self._index.add(rule.selector, item)
             stored.append(item)
         staying = frozenset(stored)

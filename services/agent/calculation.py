@@ -24,6 +24,7 @@ from ipaddress import (
 )
 from typing import Final
 
+from cilia import policy
 from cilia.errors import ExhaustedError
 from cilia.identity import (
     HOST,
@@ -136,6 +137,8 @@ class Subject:
     key: SubjectKey
     labels: Labels
     users: dict[int, str] = field(default_factory=dict)  # endpoint id -> name
+    policy: policy.Subject | None = None  # as the engine knows it
+    row: PolicyMapRow | None = None  # its last
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +353,8 @@ class Calculation:
             self.generation += 1
         for key, subject in wanted.items():
             old = self._subjects.get(key)
+            if old is not None and old.labels == subject.labels and old.users == subject.users:
+                wanted[key] = old
             if old is None or old.labels != subject.labels or old.users != subject.users:
                 self._dirty.add(key)
                 self.generation += 1
@@ -451,14 +456,34 @@ class Calculation:
                     ports[needed.digest] = port
         else:
             self._l7_of.pop(key, None)
-        return PolicyMapRow(
+        subject = self._subjects[key]
+        subject.policy = policy.Subject(subject.labels, key.mode, key.ports)
+        subject.row = PolicyMapRow(
             slot=self.slots.allocate(key),
             subject=key,
             state=state,
             fill=Fill(ports, resolved.ingress_enforced, resolved.egress_enforced),
-            users=tuple(sorted(self._subjects[key].users.values())),
+            users=tuple(sorted(subject.users.values())),
             generation=self.generation,
         )
+        return subject.row
+
+    def newer_row(self, key: SubjectKey) -> PolicyMapRow:
+        """As policy_row, for a subject that only peers changed for. Raises SlotsExhausted."""
+        subject = self._subjects[key]
+        state = self.engine.state(subject.policy) if subject.policy is not None else None
+        row = subject.row
+        if row is None or state is None or state.l7 or row.state.l7:
+            return self.policy_row(key)
+        subject.row = PolicyMapRow(
+            slot=row.slot,
+            subject=key,
+            state=state,
+            fill=row.fill,
+            users=row.users,
+            generation=self.generation,
+        )
+        return subject.row
 
     def ipcache(
         self, *, node: str, endpoints: Iterable[Endpoint], cluster: Mapping[str, IpEntry]

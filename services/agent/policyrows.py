@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_META_HAS_DENY
 from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress, split_plen_egress
 from cilia.policy import PROTO_NAMES, MapState, PolicyEntry, PolicyKey
-from cilia.policy.mapstate import PLEN_PROTO, L4Key
+from cilia.policy.mapstate import PLEN_PROTO, Block
 
 U64Array = npt.NDArray[np.uint64]
 
@@ -116,6 +116,29 @@ class PolicyRows:
         if not keys:
             return cls(_EMPTY, _EMPTY)
         return cls.from_arrays(np.array(keys, POLICY_KEY), np.array(values, POLICY_VALUE))
+
+    @classmethod
+    def from_state(cls, state: MapState, fill: Fill) -> PolicyRows:
+        """Rows of a map state, block by block: peers that share one differ in the identity only."""
+        peers: dict[int, tuple[Block, list[int]]] = {}
+        for identity, block in state.blocks().items():
+            peers.setdefault(id(block), (block, []))[1].append(identity)
+        keys, values = [], []
+        for block, identities in peers.values():
+            one = cls.from_entries(
+                ((PolicyKey(0, *key), entry) for key, entry in block.items()), fill
+            )
+            if not len(one):
+                continue
+            # The identity is the first half of a key, in whatever order the machine's bytes are.
+            numbers = np.zeros((len(identities), 2), "u4")
+            numbers[:, 0] = identities
+            words = numbers.view("u8")
+            keys.append((words | one.keys).reshape(-1))
+            values.append(np.tile(one.values, len(identities)))
+        if not keys:
+            return cls(_EMPTY, _EMPTY)
+        return cls(np.concatenate(keys), np.concatenate(values))
 
     @classmethod
     def from_arrays(cls, keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> PolicyRows:
@@ -214,36 +237,85 @@ class Writes:
         return puts + len(self.drop_allows) + len(self.drop_denies)
 
 
+_Packed = list[tuple[bytes, bytes, bool]]  # a key after its identity, a value, whether it denies
+# By the block's address, with the block, so that the address stays its own. Peers come by the
+# hundred with the same rows.
+_PACKED: Final[dict[int, tuple[Block, _Packed | None]]] = {}
+_MAX_PACKED: Final = 4096
+
+
+def _pack(block: Block) -> _Packed | None:
+    """A block as the map takes it; None if that depends on proxies."""
+    known = _PACKED.get(id(block))
+    if known is not None:
+        return known[1]
+    packed: _Packed | None = None
+    if all(entry.l7 is None for entry in block.values()):
+        fill, packed = Fill(), []
+        for key, entry in block.items():
+            _, flags = fill.value(PolicyKey(0, *key), entry) or (0, 0)
+            packed.append((
+                _KEY.pack(0, key.port.to_bytes(2, "big"), key.proto,
+                          plen_egress(key.plen, key.egress))[4:],
+                _VALUE.pack(entry.rule_id, bytes(2), flags, 0, 0),
+                entry.deny,
+            ))  # fmt: skip
+    if len(_PACKED) >= _MAX_PACKED:
+        _PACKED.clear()
+    _PACKED[id(block)] = block, packed
+    return packed
+
+
 def changes(old: MapState, new: MapState, fill: Fill) -> Writes:
     """What must be written where `old` is in force and `new`, which follows it, is wanted.
 
     Both with the same fill.
     """
-    delta, writes = new.delta(old), Writes()
-    for key in (*delta.upserts, *delta.deletes):
-        l4 = L4Key(*key[1:])
-        was, now = old.block(key.identity).get(l4), new.block(key.identity).get(l4)
-        before = fill.value(key, was) if was is not None else None
-        after = fill.value(key, now) if now is not None else None
+    writes = Writes()
+    for identity, was, now in new.moved(old):
+        packed = _pack(was or now) if not (was and now) else None
+        if packed is None:
+            _compare(identity, was, now, fill, writes)
+            continue
+        number = identity.to_bytes(4, sys.byteorder)
+        if now:
+            writes.added += len(packed)
+            for key, value, denies in packed:
+                (writes.put_denies if denies else writes.put_allows).append((number + key, value))
+        else:
+            writes.dropped += len(packed)
+            for key, _, denies in packed:
+                (writes.drop_denies if denies else writes.drop_allows).append(number + key)
+    return writes
+
+
+def _compare(identity: int, was: Block, now: Block, fill: Fill, writes: Writes) -> None:
+    """The rows of one peer that differ."""
+    for l4 in {**was, **now}:
+        old_entry, entry = was.get(l4), now.get(l4)
+        if old_entry == entry:
+            continue
+        key = PolicyKey(identity, *l4)
+        before = fill.value(key, old_entry) if old_entry is not None else None
+        after = fill.value(key, entry) if entry is not None else None
         packed = _KEY.pack(
-            key.identity, key.port.to_bytes(2, "big"), key.proto, plen_egress(key.plen, key.egress)
+            identity, l4.port.to_bytes(2, "big"), l4.proto, plen_egress(l4.plen, l4.egress)
         )
         denied = before is not None and bool(before[1] & POLICY_F_DENY)
-        if after is None or now is None:
+        if after is None or entry is None:
             if before is not None:
                 (writes.drop_denies if denied else writes.drop_allows).append(packed)
                 writes.dropped += 1
             continue
         writes.added += before is None
         port, flags = after
-        value = _VALUE.pack(now.rule_id, port.to_bytes(2, "big"), flags, 0, 0)
+        value = _VALUE.pack(entry.rule_id, port.to_bytes(2, "big"), flags, 0, 0)
         if flags & POLICY_F_DENY:
             writes.put_denies.append((packed, value))
         elif denied:
             writes.lift_denies.append((packed, value))
         else:
             writes.put_allows.append((packed, value))
-    return writes
 
 
 def row_text(key: PolicyKey) -> str:

@@ -17,6 +17,7 @@ policy cannot be programmed keeps what is in force, and says why.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ from services.agent.rows import EndpointMapRow, IpcacheRow, Network, PolicyMapRo
 
 log = structlog.get_logger()
 
+_MANY_SUBJECTS = 32
 NO_POLICY_SET = (
     "policy is not known: the identity service was not reached and no policy set was saved; "
     "packets are dropped until it is (start the identity service)"
@@ -417,7 +419,8 @@ class Regeneration:
             if key in self._held or key in self._subject_errors or self._policies.get(key) is None
         }
         calculation.mark_dirty(more)
-        for key in sorted(calculation.take_dirty()):
+        dirty = calculation.take_dirty()
+        for key in sorted(dirty):
             for number in calculation.subjects[key].users:
                 self._regenerating(EndpointID(number))
             if why := self._holding(key):
@@ -430,8 +433,12 @@ class Regeneration:
             except DomainError as error:
                 self._subject_errors[key] = describe(error)
             await asyncio.sleep(0)  # a large policy set must not hold the loop
-        for key in sorted(touched - more):
-            self._policies.upsert(calculation.policy_row(key))
+        for key in touched - more:
+            self._policies.upsert(calculation.newer_row(key))
+        if len(dirty) >= _MANY_SUBJECTS:
+            # What was made now lasts: later collections need not walk all of it again and again.
+            gc.collect()
+            gc.freeze()
 
     def _regenerating(self, number: EndpointID) -> None:
         endpoint = self._endpoints.table.get(number)

@@ -43,7 +43,7 @@ class PolicyMapRow:
     @property
     def rows(self) -> PolicyRows:
         """Made anew each time."""
-        return PolicyRows.from_entries(self.state.items(), self.fill)
+        return PolicyRows.from_state(self.state, self.fill)
 
     @property
     def size(self) -> int:

@@ -58,6 +58,7 @@ CHANGING: Final = 1 << 0  # policy_meta.flags
 _SMALLEST: Final = 256  # 16 bytes each: a map that is outgrown costs its subject a grace period
 _ROWWISE_LIMIT: Final = 512
 _REV_BELIEVED: Final = 1 << 31  # a larger one than we come to is nonsense
+_LOGGED: Final = 16  # policies of one write that the log names
 
 
 class PolicyTooLarge(ExhaustedError):
@@ -277,10 +278,13 @@ class PolicyMaps:
             return _Change(row, size, None, masks, rev, None)
         sound = not actual.changing and actual.rev and actual.masks == masks
         writes: Writes | None = None
-        if actual.row is not None and actual.row.fill == row.fill and (
-            row.state is actual.row.state or row.state.follows(actual.row.state)
-        ):  # fmt: skip
-            writes = changes(actual.row.state, row.state, row.fill)
+        before = actual.row
+        if (
+            before is not None
+            and (row.state is before.state or row.state.follows(before.state))
+            and (before.fill == row.fill or not (before.state.l7 or row.state.l7))
+        ):
+            writes = changes(before.state, row.state, row.fill)
             same = not len(writes)
         else:
             same = actual.size == size and actual.rows == row.rows
@@ -321,17 +325,17 @@ class PolicyMaps:
         self._put_metas(good, revs, masks, 0)
         for change, rev in zip(good, revs, strict=True):
             assert change.inner is not None
-            log.debug(
-                "A policy was written.",
-                subject=str(change.row.subject),
-                slot=change.slot,
-                rev=rev,
-                rows=change.size,
-                rows_before=change.actual.size if change.actual else None,
-            )
             self._actual[change.slot] = _Actual(
                 change.inner, change.row, None, change.size, change.masks, rev, False
             )
+        log.debug(
+            "Policies were written.",
+            subjects=[str(change.row.subject) for change in good[:_LOGGED]],
+            slots=[change.slot for change in good[:_LOGGED]],
+            rows=[change.size for change in good[:_LOGGED]],
+            count=len(good),
+            last_rev=self._last_rev,
+        )
 
     def _write_rows(self, change: _Change) -> None:
         """Into the slot's map, or into a new one that is to be put there."""
