@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,6 +35,7 @@ from cilia.bpf.layout import CT_ENTRY, CT_KEY, to_addr
 from cilia.bpf.uapi import NOEXIST
 from cilia.identity import HOST, EndpointID, reserved_labels
 from cilia.labels import SOURCE_RESERVED, Label, LabelError, Labels
+from cilia.policy import MapState
 from services.agent.config import ConfigInvalid, ConntrackLifetimes
 from services.agent.datapath import Datapath, monotonic_s
 
@@ -178,6 +179,25 @@ def streams() -> list[Stream]:
     """The connections of this network namespace."""
     tables = [Path(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
     return list(parse_streams(*(path.read_text() for path in tables if path.exists())))
+
+
+def ending(
+    open_now: Iterable[Stream], state: MapState, identity_of: Callable[[IPAddress], int]
+) -> list[Stream]:
+    """The connections that a policy of the node would end: what its author should know first.
+
+    `identity_of`: who an address outside is to policy. Control ports are not looked at.
+    """
+    return [
+        stream
+        for stream in open_now
+        if not state.allows(
+            identity_of(stream.remote),
+            not stream.inbound,
+            _TCP,
+            stream.local_port if stream.inbound else stream.remote_port,
+        )
+    ]
 
 
 class HostConnections:

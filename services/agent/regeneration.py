@@ -185,6 +185,11 @@ class Regeneration:
         return self._done(key)
 
     @property
+    def node_labels(self) -> Labels:
+        """By which rules select the node itself."""
+        return self._node_labels
+
+    @property
     def node_policy(self) -> PolicyMapRow | None:
         """What is in force for the node itself; None while no rule is about it."""
         row = self._rows.get(HOST_ID)

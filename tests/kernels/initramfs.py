@@ -42,9 +42,10 @@ for each in tmp run dev/shm; do busybox mount -t tmpfs tmpfs $each; done
 busybox mkdir -p run/netns
 busybox mount -t cgroup2 cgroup sys/fs/cgroup
 busybox mkdir -p lib/modules/@RELEASE@
-busybox mount -o bind .@TREE@ lib/modules/@RELEASE@
+busybox mount -o bind /host@TREE@ lib/modules/@RELEASE@
 busybox mkdir -p /tree/.venv
-busybox mount -o bind .@REPOSITORY@/.venv /tree/.venv
+busybox mount -o bind /host@REPOSITORY@/.venv /tree/.venv
+busybox mkdir -p .@REPOSITORY@  # it may lie below what was mounted over
 busybox mount -o rbind /tree .@REPOSITORY@
 busybox ln -sf /proc/self/fd dev/fd
 busybox ip link set lo up

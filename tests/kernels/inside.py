@@ -49,9 +49,10 @@ def _features() -> None:
 
 
 def _load(name: str, rodata: Rodata) -> None:
-    with Object.open(
-        OBJECTS / f"{name}.o", rodata=rodata, pin_dir=None, layouts=layout.CILIA, log_level=4
-    ) as obj:
+    path = OBJECTS / f"{name}.o"
+    with Object.open(path) as bare:
+        rodata = {key: value for key, value in rodata.items() if key in bare.rodata()}
+    with Object.open(path, rodata=rodata, pin_dir=None, layouts=layout.CILIA, log_level=4) as obj:
         try:
             obj.load()
         except VerifierError as error:
@@ -83,7 +84,7 @@ def main() -> int:
     with _check("features", failed):
         _features()
     for label, rodata in configurations():
-        for name in ("bpf_lxc", "bpf_host"):
+        for name in ("bpf_lxc", "bpf_host", "bpf_audit"):
             with _check(f"load {name} ({label})", failed):
                 _load(name, rodata)
     for mode in traffic.modes():

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from cilia.bpf import Link, attach_tc, probe
+import numpy as np
+
+from cilia.bpf import Link, attach_tc, constants, layout, probe
 from tests.datapath.harness import (
     ALLOW_ALL,
     GATEWAY_MAC,
@@ -307,6 +309,53 @@ def _revoked(site: Site) -> None:
     _tcp(site.a, site.b, address)
 
 
+def _fails(client: Thread, address: str) -> bool:
+    try:
+        client.sh(f"ping -n -c 1 -W 1 {address}")
+    except subprocess.CalledProcessError:
+        return True
+    return False
+
+
+def _node_policy(site: Site) -> None:
+    """The node's own policy, on the way in and out, and what its endpoints do regardless."""
+    node = site.node
+    node.host([Rule(False, 0, 6, PORT, 24, id=1)])
+    try:
+        for mine, remote, via in (
+            (NODE4, REMOTE4, "192.0.2.254"),
+            (NODE6, REMOTE6, "2001:db8::fe"),
+        ):
+            _tcp(site.world, node.thread, mine)
+            assert _fails(site.world, mine), f"{mine} answered against its policy"
+            assert _fails(node.thread, via), "the node pinged against its policy"
+            assert _tcp(site.a, site.world, remote) == mine, "not masqueraded"
+        assert _fails(site.a, ROUTER4), "an endpoint pinged the node against its policy"
+    finally:
+        node.no_host()
+    _ping(site.world, NODE4)
+
+
+def _audited(site: Site) -> None:
+    """Questions are answered as packets are, and the self-test is heard."""
+    node = site.node
+    cells = np.zeros(100, layout.AUDIT_CELL)
+    cells["policy_slot"], cells["proto"], cells["dport_be"] = node.a.slot, 6, range(100)
+    cells["ep_flags"], cells["egress"] = constants.EP_F_OPEN | constants.EP_F_AUDIT, 1
+    node.policy(node.a, [Rule(True, 0, 6, 80, 24, id=8)])
+    try:
+        answers = node.auditor.ask(cells)
+        assert [int(x) for x in np.flatnonzero(answers["verdict"] == 0)] == [80]
+        assert (answers["rule_id"] != 0).sum() == 1
+        node.drain()
+        node.auditor.try_aloud(cells[:1])
+        assert [int(e["flags"]) & 0xFF for e in node.drain()] == [
+            constants.EVENT_F_AUDITED | constants.EVENT_F_SELFTEST
+        ]
+    finally:
+        node.policy(node.a, ALLOW_ALL)
+
+
 def _replaced(site: Site) -> None:
     """Programs are put in place of themselves under traffic, and no byte is lost."""
     done = threading.Event()
@@ -338,6 +387,8 @@ CHECKS: Final[tuple[tuple[str, Callable[[Site], None]], ...]] = (
     ("with the host", _host),
     ("to the world", _beyond),
     ("revocation", _revoked),
+    ("policy of the node", _node_policy),
+    ("questions to policy", _audited),
     ("replacement under traffic", _replaced),
 )
 

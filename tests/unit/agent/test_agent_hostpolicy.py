@@ -10,11 +10,15 @@ import pytest
 
 from cilia.bpf.constants import CT_F_FROM_HOST, CT_F_INIT_LO, CT_F_OUTSIDE, CT_F_TO_HOST
 from cilia.bpf.layout import CT_ENTRY, CT_KEY, from_addr
+from cilia.policy import MapState, PolicyEntry
+from cilia.policy.api import RuleID
+from cilia.policy.mapstate import L4Key
 from services.agent.config import ConfigInvalid, ConntrackLifetimes
 from services.agent.hostpolicy import (
     ControlPort,
     control_ports,
     control_ports_row,
+    ending,
     node_labels,
     parse_streams,
 )
@@ -63,6 +67,18 @@ def test_entries_say_who_began() -> None:
     value = np.frombuffer(outbound.row(1000, ConntrackLifetimes())[1], CT_ENTRY)[0]
     assert value["flags"] == CT_F_FROM_HOST | CT_F_INIT_LO
     assert (value["expires_s"], list(value["seen"])) == (1060, [0, 0])
+
+
+def test_what_a_policy_would_end() -> None:
+    ssh, web, tls, app = list(parse_streams(TCP4, TCP6))
+    state = MapState(
+        {
+            9: {L4Key(False, 6, 22, 24): PolicyEntry(False, RuleID(1))},
+            0: {L4Key(True, 6, 443, 24): PolicyEntry(False, RuleID(2))},
+        }
+    )
+    assert ending([ssh, web, tls, app], state, lambda _: 9) == [web, app]
+    assert ending([ssh], state, lambda _: 10) == [ssh]
 
 
 def test_labels_of_the_node() -> None:
