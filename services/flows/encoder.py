@@ -219,8 +219,8 @@ class Encoder:
         )  # fmt: skip
         sizes = kept.meta_size[meta] + kept.pair_size[pair]
         pieces: list[bytes] = [b""] * (3 * len(rows))
-        pieces[1::3] = [kept.metas[number] for number in meta.tolist()]
-        pieces[2::3] = [kept.pairs[number] for number in pair.tolist()]
+        pieces[1::3] = map(kept.metas.__getitem__, meta.tolist())
+        pieces[2::3] = map(kept.pairs.__getitem__, pair.tolist())
         l7 = rows.columns["l7"]
         for at in np.flatnonzero(l7).tolist():
             more = self._l7(dimensions.records[int(l7[at])])

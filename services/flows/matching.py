@@ -142,6 +142,9 @@ class _Filter:
             else:
                 more = self.pair_lut(dimensions, rows.columns["pair"], pairs=True)
                 found = more if found is None else found & more
+        if self.records and (found is None or found.any()):
+            have = rows.columns["l7"] != 0
+            found = have if found is None else found & have
         for condition in (*self.records, *self.messages):
             # The dear ones see only what is left.
             left = np.arange(len(rows)) if found is None else np.flatnonzero(found)
