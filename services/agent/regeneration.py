@@ -117,6 +117,7 @@ class Regeneration:
         self._node_labels = node_labels or reserved_labels(HOST)
         self._before_node = before_node  # the node's policy is in force
         self._node_key: SubjectKey | None = None  # None: no rule selects the node
+        self._node_due = True  # rules have changed since it was asked
         self._settle_proxies = settle_proxies  # the digests whose port is another now
         self.pending = Pending()
         self._policies: Table[SubjectKey, PolicyMapRow] = Table(
@@ -348,6 +349,9 @@ class Regeneration:
 
     def _choose_node(self) -> None:
         """The node is a subject while a rule selects it, and never where nothing is enforced."""
+        if not self._node_due:
+            return  # looking at every rule is not for every flush
+        self._node_due = False
         calculation = self.calculation
         rules = calculation.engine.repository.rules_for(self._node_labels, node=True)
         chosen = self._node_labels if rules and calculation.mode != "never" else None
@@ -387,6 +391,7 @@ class Regeneration:
                     **{fields.POLICY_NAME: str(name), fields.ERROR: str(error)},
                 )
         self.calculation.set_documents(puts, removed)
+        self._node_due = True
         if unread != self._document_errors:
             # It decides whose policy can be made at all.
             self.calculation.mark_dirty(self.calculation.subjects)

@@ -38,13 +38,19 @@ spec:
 """
 
 
-@pytest.fixture
-def node() -> Iterator[AgentNode]:
+@pytest.fixture(scope="module")
+def running() -> Iterator[AgentNode]:
     with AgentNode("host") as node:
         node.flags = ("--node-label", "role=edge", "--host-control-port", f"tcp/{KEPT}")
         node.start("identity")
         node.start("agent")
         yield node
+
+
+@pytest.fixture
+def node(running: AgentNode) -> AgentNode:
+    running.delete_policies()
+    return running
 
 
 def listener(node: AgentNode, port: int) -> socket.socket:
@@ -71,7 +77,7 @@ def session(node: AgentNode, port: int, address: str = NODE4) -> Iterator[Stream
 def connects(node: AgentNode, where: str, address: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with node.socket(where, family) as near:
-        near.settimeout(0.5)
+        near.settimeout(0.3)
         try:
             near.connect((address, port))
         except TimeoutError:
