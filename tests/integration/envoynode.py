@@ -24,6 +24,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -202,7 +203,9 @@ class EnvoyNode(Wire):
         try:
             self.make()
             await self.serve()
-            self.supervisor = _Supervisor(
+            self._group = await self._stack.enter_async_context(asyncio.TaskGroup())
+            self._stack.callback(lambda: self._task.cancel())
+            self._supervise(
                 EnvoySettings(
                     binary=binary(),
                     run_dir=self.run_dir,
@@ -213,10 +216,6 @@ class EnvoyNode(Wire):
                     drain_s=1,
                 )
             )
-            self.supervisor.netns = self.base
-            group = await self._stack.enter_async_context(asyncio.TaskGroup())
-            self._task = group.create_task(self.supervisor.run())
-            self._stack.callback(self._task.cancel)
             for item in self.translator.base():
                 self.cache.put(item.url, item.name, item.value)
             await until(lambda: self.supervisor.state.state == "running", "Envoy is ready")
@@ -236,6 +235,19 @@ class EnvoyNode(Wire):
             await self.stop_serving()
         finally:
             self.remove()
+
+    def _supervise(self, settings: EnvoySettings) -> None:
+        self.supervisor = _Supervisor(settings)
+        self.supervisor.netns = self.base
+        self._task = self._group.create_task(self.supervisor.run())
+
+    async def supervise_anew(self, **changes: Any) -> None:
+        """Leaves Envoy running, as a killed service does, and starts another supervisor."""
+        settings = self.supervisor._settings
+        self.supervisor._settings = replace(settings, keep=True)
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._supervise(replace(settings, **changes))
 
     # ---- the control plane
 

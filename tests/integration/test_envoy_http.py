@@ -11,7 +11,9 @@ import ssl
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,48 @@ async def test_a_crash_closes_and_the_next_envoy_has_the_rules() -> None:
         await until(lambda: serving(), "the next Envoy serves", within_s=5)
         assert time.monotonic() - began < 2.5
         assert set(opened) <= {0, 403}  # at no moment was the path open
+
+
+async def test_an_envoy_is_replaced_and_who_connects_meanwhile_waits() -> None:
+    async with EnvoyNode("replaced") as node:
+        node.backend()
+        await node.apply(redirect(0, http(path="/a")))
+        first = node.supervisor.state.pid
+        codes: Counter[int] = Counter()
+        done = threading.Event()
+
+        def visit() -> None:
+            while not done.is_set():
+                for path in ("/a", "/b"):
+                    try:
+                        codes[node.status(path, 0, "Connection: close")] += 1
+                    except OSError:
+                        codes[-1] += 1
+
+        visitor = asyncio.to_thread(visit)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(visitor)
+            await node.supervise_anew(max_connections=5000)
+            await until(lambda: not Path(f"/proc/{first}/exe").exists(), "the first has ended")
+            await until(lambda: node.supervisor.state.state == "running", "the next one runs")
+            await asyncio.sleep(0.2)
+            done.set()
+        assert node.supervisor.state.pid != first
+        # The one that was between the kernel and the old Envoy when that stopped listening; those
+        # that came after it waited.
+        assert codes.pop(0, 0) + codes.pop(-1, 0) <= 1, codes
+        assert set(codes) == {200, 403}, codes
+
+
+async def test_a_request_that_arrived_is_not_made_twice() -> None:
+    def hang_up(head: bytes) -> bytes:
+        raise ConnectionError
+
+    async with EnvoyNode("once") as node:
+        backend = node.backend(hang_up)
+        await node.apply(redirect(0, everything()))
+        assert await asyncio.to_thread(node.status, "/pay", method="POST") == 503
+        assert len(backend.heads) == 1
 
 
 async def test_identities_come_and_go_without_a_word_to_envoy() -> None:

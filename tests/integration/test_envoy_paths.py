@@ -362,6 +362,7 @@ def http2_oddities() -> Iterator[tuple[str, list[tuple[bytes, bytes]]]]:
     yield "false length", [*pseudo(method=b"POST"), (b"content-length", b"37")]
     yield "connect", [(b":method", b"CONNECT"), (b":authority", b"a:80")]
     yield "connect with a path", pseudo(method=b"CONNECT")
+    yield "websocket", [*pseudo(b"/admin", method=b"CONNECT"), (b":protocol", b"websocket")]
     yield "absolute path", pseudo(b"http://a/admin")
 
 

@@ -243,6 +243,7 @@ def test_killed_and_started_again_it_finds_its_envoy_and_sends_it_nothing(
     (stream,) = service.status().streams
     assert stream.response_bytes < 2000, stream  # not one resource again
     assert (service.code("/0"), service.code("/1")) == (200, 403)
+    eventually(lambda: service.status().access_log.records >= 3, "the log comes here now")
 
     # Envoy's turn to be killed.
     os.kill(envoy, signal.SIGKILL)

@@ -61,6 +61,13 @@ class AdminClient:
         query = f"?resource={quote(resource, safe='')}" if resource else ""
         return await self._json(f"/config_dump{query}")
 
+    async def stop_listening(self) -> None:
+        """Has it close its listeners, and serve the connections that it has. Raises
+        AdminUnavailable."""
+        status, _ = await self._ask("POST", "/drain_listeners")
+        if status != 200:
+            raise AdminUnavailable(f"Envoy answered {status} to closing its listeners")
+
     async def _json(self, path: str) -> Any:
         status, body = await self._ask("GET", path)
         if status != 200:

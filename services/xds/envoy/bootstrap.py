@@ -55,8 +55,12 @@ def build(settings: BootstrapSettings, *, salt: str = "") -> Bootstrap:
     """Equal settings give equal text. What else makes a process another one goes into the salt."""
     digest = blake2b(f"{_text(settings, Path('admin'))}{salt}".encode(), digest_size=6).hexdigest()
     # A socket of its own for each digest: while one process replaces another both have theirs.
-    socket = settings.admin_directory / f"admin-{digest}.sock"
+    socket = admin_socket(settings.admin_directory, digest)
     return Bootstrap(_text(settings, socket), digest, socket)
+
+
+def admin_socket(directory: Path, digest: str) -> Path:
+    return directory / f"admin-{digest}.sock"
 
 
 def _text(settings: BootstrapSettings, admin_socket: Path) -> str:

@@ -3,8 +3,9 @@
     start ──▶ found one with our configuration? ── yes ─▶ adopt: nothing changes for its connections
                 │ no                  │ another one's
                 ▼                     ▼
-              spawn               spawn beside it; once ready, end the old one: both listen on the
-                │                 same ports meanwhile, so no connection finds nobody
+              spawn               it stops listening; spawn; once the new one is ready and the
+                │                 old one had time for what it had begun, it ends. Who connects
+                │                 meanwhile waits: nobody refuses him, and nothing lets him pass
                 ▼
               watch ── ended ──▶ wait (0.1 s, doubling to 5 s; from the start after 10 s of life) ─┐
                 ▲                                                                                  │
@@ -111,7 +112,7 @@ class Supervisor:
             BootstrapSettings(
                 node_id=settings.node_id,
                 ads_socket=settings.ads_socket,
-                admin_directory=settings.directory / "admin",
+                admin_directory=self._admin_directory,
                 max_connections=settings.max_connections,
                 max_program_size=settings.max_program_size,
             ),
@@ -119,6 +120,10 @@ class Supervisor:
             salt=f"{settings.binary}{status and (status.st_size, status.st_mtime_ns)}"
             f"{self._account}{settings.concurrency}{settings.log_level}{settings.drain_s}",
         )
+
+    @property
+    def _admin_directory(self) -> Path:
+        return self._settings.directory / "admin"
 
     @property
     def _config(self) -> Path:
@@ -140,6 +145,7 @@ class Supervisor:
         wait_s = _FIRST_WAIT_S
         try:
             others = self._adopt()
+            await self._release_ports(others)
             while True:
                 if self._process is None:
                     try:
@@ -208,7 +214,6 @@ class Supervisor:
                 deadline = time.monotonic() + self._settings.takeover_s
                 while not await self.admin.ready():
                     if others and time.monotonic() > deadline:
-                        # Two of them enforce the same rules: the old one is no danger.
                         await self._end(others)
                     await asyncio.sleep(0.05)
                 await self._end(others)
@@ -224,13 +229,28 @@ class Supervisor:
         await self._end(others)
         return ended
 
+    async def _release_ports(self, others: list[Process]) -> None:
+        """Has them stop listening. They go on with the connections that they have."""
+        for other in others:
+            with contextlib.suppress(AdminUnavailable):
+                await self._admin_of(other).stop_listening()
+
     async def _end(self, others: list[Process]) -> None:
+        """Lets them finish what they have begun, and ends them."""
+        if others:
+            await asyncio.sleep(self._settings.drain_s)
         while others:
-            other = others.pop()
+            other = others[-1]
             log.info("An Envoy of another configuration was replaced.", **{fields.PID: other.pid})
             await other.end(grace_s=_GRACE_S)
+            others.pop()
             if other.config != self._config:
+                self._admin_of(other).socket.unlink(missing_ok=True)
                 other.config.unlink(missing_ok=True)
+
+    def _admin_of(self, process: Process) -> AdminClient:
+        digest = process.config.stem.rpartition("-")[2]
+        return AdminClient(bootstrap.admin_socket(self._admin_directory, digest))
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
@@ -256,7 +276,7 @@ class Supervisor:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         os.chown(directory, 0, user.gid)
         directory.chmod(0o750)
-        admin = directory / "admin"
+        admin = self._admin_directory
         admin.mkdir(mode=0o700, exist_ok=True)
         os.chown(admin, user.uid, user.gid)
         temporary = self._config.with_suffix(".tmp")
