@@ -26,7 +26,7 @@ from h2.events import (
     TrailersReceived,
 )
 from h2.exceptions import H2Error, ProtocolError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 from services.flows.http2.connection import PREFIX, RpcFailure, Status, frame_message
 
@@ -119,14 +119,17 @@ class Channel(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
-        self._h2.local_settings.update(
-            {
+        # Not updated but made with them: the first SETTINGS frame says only what holds already.
+        self._h2.local_settings = Settings(
+            client=True,
+            initial_values={
                 SettingCodes.INITIAL_WINDOW_SIZE: _WINDOW_BYTES,
                 SettingCodes.MAX_FRAME_SIZE: _FRAME_BYTES,
                 SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_BYTES,
                 SettingCodes.ENABLE_PUSH: 0,
-            }
+            },
         )
+        self._h2.max_inbound_frame_size = _FRAME_BYTES
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, Response] = {}
         self._authority = "localhost"

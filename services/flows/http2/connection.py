@@ -42,7 +42,7 @@ from h2.events import (
     Event as H2Event,
 )
 from h2.exceptions import H2Error, NoSuchStreamError, ProtocolError, StreamClosedError
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 PREFIX: Final = struct.Struct(">BI")  # compressed flag, length
 _FRAME_HEADER: Final = struct.Struct(">HBBBI")  # length in 3 bytes, type, flags, stream
@@ -180,12 +180,14 @@ class Connection:
                 client_side=False, header_encoding="utf-8", validate_inbound_headers=True
             )
         )
-        self._h2.local_settings.update(
-            {
+        # Not updated but made with them: the first SETTINGS frame says only what holds already.
+        self._h2.local_settings = Settings(
+            client=False,
+            initial_values={
                 SettingCodes.MAX_CONCURRENT_STREAMS: self.limits.calls,
                 SettingCodes.MAX_HEADER_LIST_SIZE: self.limits.header_bytes,
                 SettingCodes.ENABLE_PUSH: 0,
-            }
+            },
         )
         self._h2.decoder.max_header_list_size = self.limits.header_bytes
         self._calls: dict[int, _Incoming] = {}

@@ -102,6 +102,12 @@ def test_a_call_and_its_answer() -> None:
     assert pair.server.open_calls == 0
 
 
+def test_the_client_is_told_the_bounds() -> None:
+    pair = Pair()
+    assert pair.client.remote_settings.max_concurrent_streams == 4
+    assert pair.client.remote_settings.max_header_list_size == 4096
+
+
 def test_windows_are_kept() -> None:
     pair = Pair(INITIAL_WINDOW_SIZE=20_000)
     stream = pair.call()

@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from cilia.errors import DomainError, Kind
 from services.flows.http2 import Call, GrpcServer, RpcFailure, Status, frame_message
+from services.flows.http2.client import Channel
 
 PATH = "/test.Test/"
 
@@ -154,6 +155,21 @@ async def test_stopping_ends_calls_and_removes_the_socket(tmp_path: Path) -> Non
             await call.read()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert not (tmp_path / "t.sock").exists()
+
+
+async def test_our_own_client_reads_more_than_a_window(server: GrpcServer, tmp_path: Path) -> None:
+    channel = await Channel.connect(f"unix://{tmp_path}/s.sock")
+    count = 100_000
+    got = 0
+    async with asyncio.timeout(20):
+        async for messages in channel.call(PATH + "count", str(count).encode()):
+            got += len(messages)
+            assert {len(message) for message in messages} == {100}
+    assert got == count
+    assert await channel.unary(PATH + "echo", b"still there") == b"still there"
+    with pytest.raises(RpcFailure, match="no such thing"):
+        await channel.unary(PATH + "refuse", b"")
+    channel.close()
 
 
 # ---- TLS
