@@ -30,7 +30,7 @@ from tests.integration.envoynode import (
     until,
 )
 
-pytestmark = pytest.mark.usefixtures("need_root", "need_netns")
+pytestmark = pytest.mark.usefixtures("need_root", "need_netns", "need_nft")
 
 GET = "GET {} HTTP/1.1\r\nHost: a\r\n\r\n"
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests.integration.envoynode import Backend, EnvoyNode, everything, http, redirect
 
-pytestmark = pytest.mark.usefixtures("need_root", "need_netns")
+pytestmark = pytest.mark.usefixtures("need_root", "need_netns", "need_nft")
 
 
 def careless(path: str) -> str:

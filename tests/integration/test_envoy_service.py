@@ -22,7 +22,7 @@ from protos.xds.v1 import xds_pb2_grpc
 from services.xds.envoy.process import Process
 from tests.integration.envoynode import Wire, everything, http, redirect
 
-pytestmark = pytest.mark.usefixtures("need_root", "need_netns")
+pytestmark = pytest.mark.usefixtures("need_root", "need_netns", "need_nft")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -172,6 +173,22 @@ async def test_envoys_that_are_others_are_not_found(run_dir: Path) -> None:
         assert found.pid == pid
         assert abs(found.started_ns / 1e9 - time.time()) < 60
         found.close()
+
+
+async def test_what_only_looks_like_our_envoy_is_left_alone(run_dir: Path) -> None:
+    supervisor = Supervisor(settings(run_dir))
+    # Anybody's process may say what it likes on its command line.
+    words = ["sh", "--config-path", str(supervisor._config)]
+    with subprocess.Popen(  # noqa: ASYNC220 - it waits for its input to end, and does nothing
+        ["setpriv", "--reuid", "65533", "--clear-groups", "sh", "-c", "read x; :", *words],
+        stdin=subprocess.PIPE,
+    ) as impostor:
+        assert [p.pid for p in Process.find(run_dir / "envoy")] == [impostor.pid]
+        async with running(supervisor):
+            assert await another_pid(supervisor) != impostor.pid
+            assert impostor.poll() is None
+        assert impostor.poll() is None
+        impostor.kill()
 
 
 def test_the_user_is_never_root() -> None:

@@ -162,8 +162,11 @@ class Process:
         return process
 
     @classmethod
-    def find(cls, directory: Path) -> list[Process]:
-        """Envoys whose configuration is in the directory: what a killed service left running."""
+    def find(cls, directory: Path, *, user: Account | None = None) -> list[Process]:
+        """Envoys whose configuration is in the directory: what a killed service left running.
+
+        With `user` only that user's: anybody can write anything on a command line.
+        """
         found: list[Process] = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -174,7 +177,11 @@ class Process:
                 pidfd = os.pidfd_open(int(entry.name))
             except (OSError, ValueError, IndexError):
                 continue
-            if config.parent == directory and _is_alive(pidfd):
+            if (
+                config.parent == directory
+                and _is_alive(pidfd)
+                and (user is None or _owner(int(entry.name)) == user.uid)
+            ):
                 pid = int(entry.name)
                 found.append(cls(pid, pidfd, config=config, started_ns=_started_ns(pid)))
             else:
@@ -265,6 +272,14 @@ def _is_alive(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return not poll.poll(0)
+
+
+def _owner(pid: int) -> int:
+    """The user of a process that is alive; -1 when it is gone."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return -1
 
 
 def _started_ns(pid: int) -> int:

@@ -178,7 +178,7 @@ class Supervisor:
     def _adopt(self) -> list[Process]:
         """Takes over what runs with our configuration; returns what runs with another."""
         others: list[Process] = []
-        for process in Process.find(self._settings.directory):
+        for process in Process.find(self._settings.directory, user=self._account):
             if process.config == self._config and self._process is None:
                 self._process = process
                 self._note(state="starting", pid=process.pid, started_ns=process.started_ns)
@@ -290,7 +290,7 @@ class Supervisor:
                 old.unlink(missing_ok=True)
 
     def _found(self) -> list[Process]:
-        found = Process.find(self._settings.directory)
+        found = Process.find(self._settings.directory, user=self._account)
         for process in found:
             process.close()
         return found
