@@ -63,7 +63,10 @@ static __always_inline bool host_is_exempt(const struct packet *p, bool egress)
 	__u16 near = bpf_ntohs(egress ? p->sport_be : p->dport_be);
 	__u16 far = bpf_ntohs(egress ? p->dport_be : p->sport_be);
 
-	if (is_nd(p) || is_igmp(p))
+	/* From a neighbour alone: what was routed has lost a hop (RFC 4861; MLD is sent with one). */
+	if (is_nd(p))
+		return (p->ttl == 255 || p->ttl == 1) && !(p->flags & PKT_FRAG);
+	if (is_igmp(p))
 		return true;
 	if (p->proto != PROTO_UDP || (p->flags & PKT_FRAG))
 		return false;

@@ -223,6 +223,9 @@ def test_the_network_itself_stays_open(node: Node, v6: bool) -> None:
         assert said(node.wire_sends(packet)) == (TC_OK, [])
     for packet in open_to_all(v6, True):
         assert said(node.node_sends(packet)) == (TC_OK, [])
+    if v6:  # who is no neighbour has nothing to discover
+        routed = IPv6(src=REMOTE6, dst=NODE6, hlim=254) / ICMPv6ND_NA(tgt=NODE6)
+        assert said(node.wire_sends(routed)) == DENIED
     # A server of DHCP needs a rule.
     to_server = (
         IPv6(src="fe80::1", dst="fe80::7") / UDP(sport=546, dport=547)

@@ -23,6 +23,7 @@ from cilia.bpf.layout import (
     to_addr,
 )
 from protos.agent.v1 import agent_pb2 as pb
+from protos.identity.v1 import identity_pb2
 from tests.integration.agentnode import ROOT, AgentNode, eventually
 from tests.integration.test_agent_policy import ALLOW_FRIEND
 
@@ -226,6 +227,47 @@ def test_a_policy_that_was_swapped(node: AgentNode) -> None:
     assert {drift.map for drift in report.drifts} == {"cilia_policy"}
     assert node.ping("friend", node.get("server").ipv4)
     assert node.ping("stranger", node.get("friend").ipv4)  # whose map it was has it still
+
+
+ONLY_AUDITS = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata:
+  name: tried
+  namespace: default
+  annotations: {cilia.io/audit: "true"}
+spec:
+  endpointSelector: {matchLabels: {app: stranger}}
+  ingress: [{fromEndpoints: [{matchLabels: {app: friend}}]}]
+"""
+
+
+def test_a_policy_that_only_audits(node: AgentNode) -> None:
+    """Its denials pass and are told; the kernel's answers are the engine's all the same."""
+    node.apply(ONLY_AUDITS)
+    stranger, server = node.get("stranger"), node.get("server")
+    stream = node.monitor.Monitor(
+        pb.MonitorRequest(types=["verdict"], endpoint_ids=[stranger.id]), timeout=20
+    )
+    stream.initial_metadata()
+    assert node.ping("server", stranger.ipv4)
+    found = next(event for event in stream if event.direction == "ingress")
+    stream.cancel()
+    assert (found.verdict, found.reason_code) == ("AUDIT", 133)
+    assert found.source.identity == server.identity
+    assert not node.ping("stranger", server.ipv4)  # by the other policy, which is enforced
+    assert audit(node).drifted == 0
+    node.policy.Delete(
+        pb.DeleteRequest(
+            names=[
+                identity_pb2.PolicyName(
+                    kind="CiliumNetworkPolicy", namespace="default", name="tried"
+                )
+            ],
+            wait=True,
+        ),
+        timeout=20,
+    )
 
 
 def test_by_itself_and_by_the_command_line() -> None:

@@ -377,6 +377,37 @@ def test_no_rule_allows_nothing(node: AgentNode, outward: Places) -> None:
     nothing_passes(node, outward, "none")
 
 
+OF_THE_NODE = """
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: node}
+spec:
+  nodeSelector: {}
+  egress: [{toEntities: [cluster]}]
+"""
+
+
+def test_policy_of_the_node_is_not_about_the_proxys_connections(
+    node: AgentNode, outward: Places
+) -> None:
+    """The node may not talk to the world, and its proxy does, for an endpoint that may."""
+    node.apply(OF_THE_NODE)
+    assert not node.ping("node", WORLD4)
+    all_pass(node, outward)
+    nothing_passes(node, outward, "node")
+    # What is for the node itself is judged, by way of the proxy as well.
+    node.apply(OF_THE_NODE.replace("egress: [{toEntities", "ingress: [{fromEntities"))
+    all_pass(node, outward)
+    node.apply(OF_THE_NODE.replace("egress: [{toEntities: [cluster]}]", "ingress: [{}]"))
+    eventually(
+        lambda: reached(node, outward, within_s=2.0) == set(outward.addresses) - {"node4", "node6"},
+        within_s=10,
+        what="the node is not reached",
+    )
+    audit = node.policy.AuditKernel(pb.AuditKernelRequest(), timeout=20)
+    assert (audit.drifted, list(audit.skipped)) == (0, [])
+
+
 def test_rules_change_on_an_open_connection(node: AgentNode, outward: Places) -> None:
     """Enforced at once, and the connection stays."""
     for address in outward.addresses.values():
