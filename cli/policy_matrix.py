@@ -59,6 +59,10 @@ def matrix(
         namespace=namespace,
     )
     answer = Matrix(question.scene())
+    if not answer.shared:
+        render.warn(
+            "warning: policies tell too many prefixes apart: each endpoint has its own split"
+        )
     match output or settings.output:
         case "json":
             write_rows(row.shape() for row in answer.rows())

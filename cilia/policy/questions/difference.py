@@ -23,6 +23,7 @@ from cilia.policy.questions.matrix import (
 )
 from cilia.policy.questions.ports import PROTOCOLS, Pair, Ranges
 from cilia.policy.questions.scene import Cell, Party, Scene, named_entities
+from cilia.policy.questions.world import network
 
 # opens: denied before, allowed after; closes: the other way round; requests: allowed in both, under
 # other L7 rules
@@ -110,20 +111,22 @@ class Difference:
             twin = self._twin[party.identity]
             return id(self.before.state(party)), id(self.after.state(twin))
 
-        def answer(party: Party, region: Party) -> tuple[ChangedCell, ChangedCell]:
-            return (
-                of_family(self._changes(party, region), region),
-                of_family(self._changes(region, party), region),
-            )
+        def to(party: Party, region: Party) -> ChangedCell:
+            return of_family(self._changes(party, region), region)
 
-        groups = alike(parties, kind)
-        for prefix, answers in outside(self.before.regions, groups, answer):
-            for group, (out, in_) in zip(groups, answers, strict=True):
-                for name in (name for party in group for name in names(party)):
-                    if any(out):
-                        self.cells[name, prefix] = out
-                    if any(in_):
-                        self.cells[prefix, name] = in_
+        def of(party: Party, region: Party) -> ChangedCell:
+            return of_family(self._changes(region, party), region)
+
+        for group in alike(parties, kind):
+            called = [name for party in group for name in names(party)]
+            for version, block, (cell,) in outside(self.before.regions, [group], to):
+                if any(cell):
+                    prefix = network(version, block)
+                    self.cells.update({(name, prefix): cell for name in called})
+            for version, block, (cell,) in outside(self.before.regions, [group], of):
+                if any(cell):
+                    prefix = network(version, block)
+                    self.cells.update({(prefix, name): cell for name in called})
 
     def __bool__(self) -> bool:
         return bool(self.cells)

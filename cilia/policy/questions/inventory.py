@@ -197,7 +197,18 @@ _ENDPOINT: Final = Object(
     required=("name",),
 )
 _ENDPOINTS: Final = ListOf(_ENDPOINT, MAX_ENDPOINTS, "endpoints")
-_NAMESPACES: Final = MapOf(MapOf(_Value(), 256), MAX_NAMESPACES)
+
+
+class _NamespaceLabels:
+    """Labels of a namespace; nothing is none."""
+
+    labels: Final = MapOf(_Value(), 256)
+
+    def check(self, node: Node, path: str, c: Checking) -> Any:
+        return {} if node.value is None else self.labels.check(node, path, c)
+
+
+_NAMESPACES: Final = MapOf(_NamespaceLabels(), MAX_NAMESPACES)
 _HOST: Final = Object({"labels": _Labels()})
 
 

@@ -15,11 +15,13 @@ from cilia.policy.api import PROTO_ICMP, PROTO_ICMPV6, PROTO_NAMES, Network
 from cilia.policy.questions import ports
 from cilia.policy.questions.ports import PROTOCOLS, Pair
 from cilia.policy.questions.scene import CLOSED, WORLDS, Cell, Party, Scene
-from cilia.policy.questions.world import partition
+from cilia.policy.questions.world import Block, network, partition
 
 Name = str | Network
 A = TypeVar("A", bound=Hashable)
 T = TypeVar("T")
+# Prefixes times parties, up to which all parties share one split of the outside.
+MAX_SHARED: Final = 100_000
 _TYPED: Final = (PROTO_ICMP, PROTO_ICMPV6)
 _FOREIGN: Final = {4: PROTO_ICMPV6, 6: PROTO_ICMP}
 
@@ -67,6 +69,8 @@ class Matrix:
     def __init__(self, scene: Scene) -> None:
         self.scene: Final = scene
         self.cells: Final[dict[tuple[Name, Name], Cell]] = {}
+        #: Whether all rows have the same prefixes, disjoint over the whole matrix.
+        self.shared = True
         parties = (*scene.endpoints, *scene.entities)
         for source in parties:
             for destination in parties:
@@ -96,23 +100,38 @@ class Matrix:
         """Connections from and to outside; gives the prefixes that the outside was split into."""
         scene = self.scene
 
-        def answer(party: Party, region: Party) -> tuple[Cell, Cell]:
-            return (
-                of_family(scene.connection(party, region), region),
-                of_family(scene.connection(region, party), region),
-            )
+        def to(party: Party, region: Party) -> Cell:
+            return of_family(scene.connection(party, region), region)
+
+        def of(party: Party, region: Party) -> Cell:
+            return of_family(scene.connection(region, party), region)
 
         groups = alike(parties, lambda party: id(scene.state(party)))
-        split: list[Network] = []
-        for prefix, answers in outside(scene.regions, groups, answer):
-            split.append(prefix)
-            for group, (out, in_) in zip(groups, answers, strict=True):
-                for name in (name for party in group for name in names(party)):
-                    if any(out):
-                        self.cells[name, prefix] = out
-                    if any(in_):
-                        self.cells[prefix, name] = in_
-        return tuple(split)
+        called = [[name for party in group for name in names(party)] for group in groups]
+        split = list(outside(scene.regions, groups, lambda a, b: (to(a, b), of(a, b))))
+        if len(split) * sum(map(len, called)) <= MAX_SHARED:
+            found = [(network(version, block), answers) for version, block, answers in split]
+            for prefix, answers in found:
+                for mine, (out, in_) in zip(called, answers, strict=True):
+                    self._outside(mine, prefix, out, in_)
+            return tuple(prefix for prefix, _ in found)
+        self.shared = False
+        used: dict[Network, None] = {}
+        for group, mine in zip(groups, called, strict=True):
+            for answer, away in ((to, True), (of, False)):
+                for version, block, (cell,) in outside(scene.regions, [group], answer):
+                    if any(cell):
+                        prefix = network(version, block)
+                        self._outside(mine, prefix, cell if away else (), () if away else cell)
+                        used[prefix] = None
+        return tuple(sorted(used, key=order))
+
+    def _outside(self, mine: list[Name], prefix: Network, out: Cell, in_: Cell) -> None:
+        for name in mine:
+            if any(out):
+                self.cells[name, prefix] = out
+            if any(in_):
+                self.cells[prefix, name] = in_
 
     def rows(self) -> Iterator[Row]:
         """Every row, sorted by source, destination and protocol."""
@@ -149,8 +168,9 @@ def alike(parties: list[Party], kind: Callable[[Party], Hashable]) -> list[list[
 
 def outside(
     regions: Iterable[Party], groups: list[list[Party]], answer: Callable[[Party, Party], A]
-) -> Iterator[tuple[Network, tuple[A, ...]]]:
-    """The outside in as few prefixes as have different answers, each with that of every group."""
+) -> Iterator[tuple[int, Block, tuple[A, ...]]]:
+    """The outside in as few blocks as have different answers: (version, block, answer of every
+    group)."""
     numbers: dict[Hashable, int] = {}
     meanings: list[tuple[A, ...]] = []
     by_prefix: dict[Network, int] = {}
@@ -162,9 +182,9 @@ def outside(
         assert region.prefix is not None
         by_prefix[region.prefix] = numbers[found]
     for world in WORLDS:
-        for prefix, number in partition(world.version, by_prefix.pop(world), by_prefix):
+        for block, number in partition(world.version, by_prefix.pop(world), by_prefix):
             assert isinstance(number, int)
-            yield prefix, meanings[number]
+            yield world.version, block, meanings[number]
 
 
 def of_family(cell: tuple[tuple[T, ...], ...], region: Party) -> tuple[tuple[T, ...], ...]:

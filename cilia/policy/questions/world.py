@@ -8,10 +8,17 @@ from ipaddress import IPv4Network, IPv6Network
 
 from cilia.policy.api import Network
 
+Block = tuple[int, int]  # first address, prefix length
+
+
+def network(version: int, block: Block) -> Network:
+    """The block as a network; made for the blocks that are shown only, for it takes its time."""
+    return IPv4Network(block) if version == 4 else IPv6Network(block)
+
 
 def partition(
     version: int, everywhere: Hashable, inside: Mapping[Network, Hashable]
-) -> list[tuple[Network, Hashable]]:
+) -> list[tuple[Block, Hashable]]:
     """Cover all addresses of a family with disjoint prefixes, each of one value.
 
     An address has the value of the longest prefix of `inside` that holds it, else `everywhere`.
@@ -40,10 +47,7 @@ def partition(
             return [(address, length, left[0][2])]
         return left + right
 
-    network = IPv4Network if version == 4 else IPv6Network
-    return [
-        (network((address, length)), value) for address, length, value in walk(0, 0, everywhere)
-    ]
+    return [((address, length), value) for address, length, value in walk(0, 0, everywhere)]
 
 
 class _Value:
