@@ -18,8 +18,6 @@ class AccessLog:
 
     def __init__(self, *, capacity: int = 65_536, batch: int = 1024) -> None:
         self.records = 0
-        self.sources = 0
-        """Streams of proxies that are open; kept by who receives them."""
         self._batch = batch
         self._fanout: BoundedFanout[Records] = BoundedFanout(capacity=capacity, weigh=len)
 

@@ -33,7 +33,7 @@ from services.xds import metrics
 from services.xds.accesslog import AccessLog
 from services.xds.cache import ResourceCache
 from services.xds.config import XdsConfig
-from services.xds.counters import EnvoyCounters
+from services.xds.counters import EnvoyCounters, LogCounters
 from services.xds.envoy.accesslog import AccessLogReceiver
 from services.xds.envoy.process import account, binary
 from services.xds.envoy.supervisor import EnvoySettings, Supervisor
@@ -52,7 +52,7 @@ from services.xds.stream import Limits
 from services.xds.translate.http import HttpTranslator, with_addresses
 from services.xds.translate.model import NodeSettings
 from services.xds.translate.secretfiles import SecretFiles
-from services.xds.translator import Translator
+from services.xds.translator import RedirectCounters, Translator
 
 SECRETS_CHECK_S = 5.0
 
@@ -80,10 +80,13 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
         )
 
     redirects = None
-    supervisor = proxy_server = own = None
+    supervisor = proxy_server = own = receiver = None
+    counters: RedirectCounters | None = None
     if config.redirects:
         redirects = _redirects(config, cache, hub, controllers)
         receiver = AccessLogReceiver(publish=access_log.publish, find=redirects.find)
+        redirects.on_removed(receiver.forget)
+        counters = LogCounters(receiver)
         redirect_server = RedirectServer(redirects)
         local += [
             receiver.add_to_server,
@@ -91,6 +94,7 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
         ]
         if config.launch_proxy:
             supervisor = Supervisor(_envoy_settings(config))
+            counters = EnvoyCounters(supervisor.admin)
             own = DiscoveryServer(hub=hub, transport="unix", node=redirects.node)
             proxy_server = Server(
                 socket=config.proxy_socket_path,
@@ -112,7 +116,8 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
             directory=directory,
             access_log=access_log,
             certificates=certificates,
-            counters=EnvoyCounters(supervisor.admin) if supervisor is not None else None,
+            sources=lambda: receiver.sources if receiver is not None else 0,
+            counters=counters,
             envoy=_envoy_status(supervisor) if supervisor is not None else None,
         )
     )

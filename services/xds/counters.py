@@ -1,10 +1,12 @@
-"""What passed through each redirect, from Envoy's own statistics."""
+"""What passed through each redirect: from Envoy's own statistics, or, where others started it, from
+its access log."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
+from services.xds.envoy.accesslog import AccessLogReceiver
 from services.xds.envoy.admin import AdminClient, AdminUnavailable
 from services.xds.translator import Counters
 
@@ -19,6 +21,19 @@ _FIELDS: Final = {
     "downstream_cx_total": "connections",
     "downstream_cx_active": "active",
 }
+
+
+class LogCounters:
+    """A RedirectCounters that knows of requests only, and of those that were logged."""
+
+    def __init__(self, receiver: AccessLogReceiver) -> None:
+        self._receiver = receiver
+
+    async def counters(self) -> dict[int, Counters]:
+        return {
+            port: Counters(requests=counts.requests, denied=counts.denied)
+            for port, counts in self._receiver.counts.items()
+        }
 
 
 class EnvoyCounters:

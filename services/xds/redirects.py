@@ -103,7 +103,12 @@ class Redirects:
         self._about: pb.Node | None = None
         self._pending: set[int] = set()
         self._users: dict[Key, set[int]] = {}
+        self._removed: list[Callable[[int], None]] = []
         hub.watch(self._on_news)
+
+    def on_removed(self, callback: Callable[[int], None]) -> None:
+        """Called with a port that nobody listens at any more."""
+        self._removed.append(callback)
 
     def prepare(self) -> None:
         """Keeps the proxy waiting for the first snapshot."""
@@ -179,7 +184,7 @@ class Redirects:
                 continue
             told.append(row.to_proto())
             if row.state == pb.RedirectState.REMOVED:
-                del self.rows[port]
+                self._drop(port)
         session.untold.clear()
         return told
 
@@ -325,7 +330,12 @@ class Redirects:
         if state == pb.RedirectState.FAILED:
             log.warning("A redirect failed.", **{fields.PORT: port, fields.REASON: message})
         elif state == pb.RedirectState.REMOVED and self.session is None:
-            del self.rows[port]
+            self._drop(port)
+
+    def _drop(self, port: int) -> None:
+        del self.rows[port]
+        for callback in self._removed:
+            callback(port)
 
     def _tell(self, port: int) -> None:
         if self.session is not None and self.session.synced:

@@ -28,7 +28,8 @@ _STATES: Final = {
 
 
 class StatusReader:
-    """`envoy` tells how the proxy that was launched from here is; None: none was."""
+    """`envoy` tells how the proxy that was launched from here is; None: none was. `sources` counts
+    the proxies that send their access logs."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class StatusReader:
         directory: ResourceDirectory | None,
         access_log: AccessLog,
         certificates: Callable[[], list[CertificateInfo]],
+        sources: Callable[[], int] = lambda: 0,
         counters: RedirectCounters | None = None,
         envoy: Callable[[], pb.EnvoyStatus] | None = None,
     ) -> None:
@@ -48,6 +50,7 @@ class StatusReader:
         self._directory = directory
         self._access_log = access_log
         self._certificates = certificates
+        self._sources = sources
         self._counters = counters
         self._envoy = envoy
         self._started_ns = time.time_ns()
@@ -100,7 +103,7 @@ class StatusReader:
                 not_after_ns=_ns(info.not_after.timestamp()) if info.not_after else 0,
                 error=info.error,
             )
-        response.access_log.sources = self._access_log.sources
+        response.access_log.sources = self._sources()
         response.access_log.readers = self._access_log.readers
         response.access_log.records = self._access_log.records
         response.access_log.lost = self._access_log.lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -295,3 +296,41 @@ async def test_on_tcp_the_certificate_counts_and_only_discovery_is_served(tmp_pa
         discovery.close()
         await channel.close(None)
         await server.stop()
+
+
+async def test_clients_that_come_and_go_at_any_moment_leave_nothing(tmp_path: Path) -> None:
+    """Half of them are cancelled while they are written to; resources change all the time."""
+    dice = random.Random(3)
+    async with edge(tmp_path) as made:
+        made.hub._max_streams = made.hub._max_streams_a_node = 1000
+
+        async def client(number: int) -> None:
+            for _ in range(4):
+                call = made.stream()
+                await call.write(request(f"n{number}", RDS, resource_names_subscribe=["a", "b"]))
+                for _ in range(dice.randrange(4)):
+                    response = await read(call)
+                    await call.write(request("", RDS, response_nonce=response.nonce))
+                if dice.random() < 0.5:
+                    call.cancel()
+                else:
+                    await call.done_writing()
+                await asyncio.sleep(dice.random() / 50)
+
+        async def change() -> None:
+            for number in range(10_000):
+                made.cache.put(RDS, "ab"[number % 2], b"x" * dice.randrange(100_000))
+                await asyncio.sleep(0.002)
+
+        async with asyncio.TaskGroup() as group:
+            changing = group.create_task(change())
+            async with asyncio.TaskGroup() as clients:
+                for number in range(40):
+                    clients.create_task(client(number))
+            changing.cancel()
+        await until(lambda: not made.hub.streams)
+        assert not made.hub._index
+        assert not made.hub._of_node
+        call = made.stream()
+        await call.write(request("n", RDS, resource_names_subscribe=["a"]))
+        assert (await read(call)).resources

@@ -167,6 +167,12 @@ def test_a_type_without_messages_is_served_as_bytes(tmp_path: Path) -> None:
     assert (entry.url, entry.name, entry.value) == (TypeURL(PREFIX + "y.Z"), "n", b"\x0a\x01x")
 
 
+async def test_the_example_is_good(repository: Path) -> None:
+    served = Served(repository / "examples/xds")
+    await served.directory.sync()
+    assert served.names() == {"hello"}
+
+
 async def test_a_directory_that_goes_away_is_a_fault_and_no_deletion(served: Served) -> None:
     served.write("a.json", CLUSTER)
     await served.directory.sync()
