@@ -93,7 +93,7 @@ def test_engine_mapstate_and_programs_agree(
                         k.port,
                         k.plen,
                         entry.deny,
-                        False,
+                        entry.audit,
                         entry.rule_id,
                     )
                     for k, entry in state.items()

@@ -1,13 +1,15 @@
 """A second opinion about policy: slow, plain, and written without looking at the engine.
 
 It reads documents as mappings (what JSON gives), walks every rule of every document for every
-question, and keeps nothing. It shares no code with cilia.policy; where both are wrong alike, both
-were misread from the language's description. Labels are strings, `source:key=value`.
+question, and keeps nothing. It knows no rows: only what rules say of one packet. It shares no code
+with cilia.policy; where both are wrong alike, both were misread from the language's description.
+Labels are strings, `source:key=value`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import json
 from typing import Any
 
 NAMESPACE = "io.kubernetes.pod.namespace"
@@ -58,6 +60,10 @@ def keys_of(selector: Doc) -> list[str]:
 
 
 def about(doc: Doc, rule: Doc, subject: list[str]) -> bool:
+    if ("nodeSelector" in rule) != ("reserved:host" in subject):
+        return False
+    if "nodeSelector" in rule:
+        return selects(rule["nodeSelector"], subject)
     selector = rule["endpointSelector"]
     if doc["kind"] != "CiliumNetworkPolicy" or "reserved:init" in keys_of(selector):
         return selects(selector, subject)
@@ -84,7 +90,7 @@ def peer_selected(doc: Doc, rule: Doc, selector: Doc, peer: list[str], requiring
     if not requiring and any(k.startswith("reserved:") for k in keys):
         return True
     namespaced = doc["kind"] == "CiliumNetworkPolicy"
-    if namespaced and "reserved:init" in keys_of(rule["endpointSelector"]):
+    if namespaced and "reserved:init" in keys_of(rule.get("endpointSelector", {})):
         return True
     space = value_of(peer, f"k8s:{NAMESPACE}")
     bare = [k.removeprefix("k8s:").removeprefix("any:") for k in keys]
@@ -126,11 +132,41 @@ def entity(name: str, peer: list[str], cluster: str) -> bool:
     return f"reserved:{name}" in peer
 
 
-def peers_ok(
-    doc: Doc, rule: Doc, element: Doc, egress: bool, peer: list[str], needs: list[Any], cluster: str
-) -> bool | None:
+class Question:
+    """One side of one connection, and what the rules are read with."""
+
+    def __init__(
+        self,
+        subject: list[str],
+        peer: list[str],
+        egress: bool,
+        proto: int,
+        port: int,
+        *,
+        mode: str = "default",
+        allow_localhost: bool = True,
+        cluster: str = "default",
+        parsers: frozenset[str] = frozenset(),  # that somebody enforces
+        names: dict[str, tuple[int, int]] | None = None,  # the destination's ports: (port, proto)
+        answers: dict[str, list[str]] | None = None,  # of DNS: prefixes by name
+    ) -> None:
+        self.subject, self.peer, self.egress = subject, peer, egress
+        self.proto, self.port = proto, port
+        self.mode, self.allow_localhost, self.cluster = mode, allow_localhost, cluster
+        self.parsers, self.names, self.answers = parsers, names or {}, answers or {}
+
+
+class Answer:
+    """Allowed or not; whether that is only so because some policies audit; and what the proxy is to
+    let pass: None where there is no proxy, else rules as sorted JSON, "*" for everything."""
+
+    def __init__(self, allowed: bool, audit: bool = False, l7: frozenset[str] | None = None):
+        self.allowed, self.audit, self.l7 = allowed, audit, l7
+
+
+def peers_ok(doc: Doc, rule: Doc, element: Doc, q: Question, needs: list[Any]) -> bool | None:
     """Whether the element's peers include this one; None when it names no peers."""
-    side = "to" if egress else "from"
+    side, peer = "to" if q.egress else "from", q.peer
     if (found := element.get(f"{side}Endpoints")) is not None:
         return any(
             peer_selected(doc, rule, s, peer, requiring=False)
@@ -145,37 +181,119 @@ def peers_ok(
             for x in found
         )
     if (found := element.get(f"{side}Entities")) is not None:
-        return any(entity(name, peer, cluster) for name in found)
-    if any(element.get(k) is not None for k in ("toFQDNs", "toServices", f"{side}Groups")):
+        return any(entity(name, peer, q.cluster) for name in found)
+    if (found := element.get("toFQDNs")) is not None:
+        return any(
+            inside(peer, prefix) for x in found for prefix in q.answers.get(x["matchName"], [])
+        )
+    if any(element.get(k) is not None for k in ("toServices", f"{side}Groups")):
         return False
     return None
 
 
-def ports_ok(element: Doc, proto: int, port: int) -> bool | None:
-    """Whether the element's ports include this one; None when it names no ports."""
-    if element.get("toPorts"):
-        for port_rule in element["toPorts"]:
-            if port_rule.get("rules"):
-                continue  # nobody enforces L7 yet
-            for p in port_rule.get("ports") or []:
-                word = p.get("protocol", "ANY").upper()
-                if NUMBERS.get(word, proto) != proto or proto not in NUMBERS.values():
-                    continue
-                if not p["port"].isdigit():
-                    continue  # a named port
-                first = int(p["port"])
-                last = p.get("endPort") or first
-                if first == 0 or first <= port <= last:
-                    return True
+def port_fits(p: Doc, q: Question) -> bool:
+    word = p.get("protocol", "ANY").upper()
+    if NUMBERS.get(word, q.proto) != q.proto or q.proto not in NUMBERS.values():
         return False
+    if not p["port"].isdigit():
+        return q.names.get(p["port"]) == (q.port, q.proto)
+    first = int(p["port"])
+    return first == 0 or first <= q.port <= (p.get("endPort") or first)
+
+
+def ports_ok(element: Doc, q: Question) -> list[Any] | None:
+    """What the element says of this port: an item for each port rule that includes it, None or its
+    L7 rules. None when it names no ports."""
+    if element.get("toPorts"):
+        found: list[Any] = []
+        for port_rule in element["toPorts"]:
+            l7 = port_rule.get("rules")
+            if l7 and not q.parsers.issuperset(l7):
+                continue  # nobody enforces it
+            if any(port_fits(p, q) for p in port_rule.get("ports") or []):
+                found.append(l7 or None)
+        return found
     if element.get("icmps"):
         for fields in element["icmps"]:
             for f in fields.get("fields") or []:
                 number = 58 if f.get("family") == "IPv6" else 1
-                if number == proto and int(f["type"]) == port:
-                    return True
-        return False
+                if number == q.proto and int(f["type"]) == q.port:
+                    return [None]
+        return []
     return None
+
+
+def hits(mine: list[tuple[Doc, Doc]], name: str, q: Question) -> list[tuple[Doc, Any]]:
+    """(document, L7 rules or None) of all that rules under this name say of the connection."""
+    side = "to" if q.egress else "from"
+    needs = [
+        (doc, rule, need)
+        for doc, rule in mine
+        for element in rule.get(name) or []
+        for need in element.get(f"{side}Requires") or []
+    ]
+    found: list[tuple[Doc, Any]] = []
+    for doc, rule in mine:
+        for element in rule.get(name) or []:
+            if (element.get("authentication") or {}).get("mode", "disabled") != "disabled":
+                continue
+            who = peers_ok(doc, rule, element, q, needs)
+            what = ports_ok(element, q)
+            if who is None and (what is None or element.get(f"{side}Requires") is not None):
+                continue
+            if who is not False:
+                found += [(doc, l7) for l7 in ([None] if what is None else what)]
+    return found
+
+
+def audits(doc: Doc) -> bool:
+    return bool((doc["metadata"].get("annotations") or {}).get("cilia.io/audit") == "true")
+
+
+def answer(documents: list[Doc], q: Question) -> Answer:
+    """The verdict on the subject's side of one connection."""
+    if q.mode == "never":
+        return Answer(True)
+    node = "reserved:host" in q.subject
+    mine = []
+    for doc in documents:
+        rules = list(doc.get("rules") or [])
+        if doc.get("spec"):
+            rules.append(doc["spec"])
+        rules += doc.get("specs") or []
+        mine += [(doc, rule) for rule in rules if about(doc, rule, q.subject)]
+    direction = "egress" if q.egress else "ingress"
+
+    denials = hits(mine, f"{direction}Deny", q)
+    if any(not audits(doc) for doc, _ in denials):
+        return Answer(False)
+    isolated = not node and (q.mode == "always" or "reserved:init" in q.subject)
+    would_isolate = False
+    for doc, rule in mine:
+        wanted = (rule.get("enableDefaultDeny") or {}).get(direction)
+        if wanted is not False and (rule.get(direction) or rule.get(f"{direction}Deny")):
+            isolated = isolated or not audits(doc)
+            would_isolate = True
+    allowing = hits(mine, direction, q)
+    if (
+        not q.egress
+        and not node
+        and q.allow_localhost
+        and "reserved:host" in q.peer
+        and (isolated or would_isolate)
+    ):
+        allowing.append(({}, None))
+    if isolated and not allowing:
+        return Answer(False)
+    l7 = None
+    if any(rules is not None for _, rules in allowing):
+        l7 = frozenset(
+            "*" if rules is None else json.dumps(rule, sort_keys=True)
+            for _, rules in allowing
+            for rule in (next(iter(rules.values())) if rules else [None])
+        )
+    reported = bool(denials) or (not allowing and would_isolate)
+    return Answer(True, reported, l7)
 
 
 def allowed(
@@ -190,47 +308,9 @@ def allowed(
     allow_localhost: bool = True,
     cluster: str = "default",
 ) -> bool:
-    """The verdict on the subject's side of one connection."""
-    if mode == "never":
-        return True
-    mine = []
-    for doc in documents:
-        rules = list(doc.get("rules") or [])
-        if doc.get("spec"):
-            rules.append(doc["spec"])
-        rules += doc.get("specs") or []
-        mine += [(doc, rule) for rule in rules if about(doc, rule, subject)]
-    direction = "egress" if egress else "ingress"
-    side = "to" if egress else "from"
-
-    def hit(name: str) -> bool:
-        needs = [
-            (doc, rule, need)
-            for doc, rule in mine
-            for element in rule.get(name) or []
-            for need in element.get(f"{side}Requires") or []
-        ]
-        for doc, rule in mine:
-            for element in rule.get(name) or []:
-                if (element.get("authentication") or {}).get("mode", "disabled") != "disabled":
-                    continue
-                who = peers_ok(doc, rule, element, egress, peer, needs, cluster)
-                what = ports_ok(element, proto, port)
-                if who is None and (what is None or element.get(f"{side}Requires") is not None):
-                    continue
-                if who is not False and what is not False:
-                    return True
-        return False
-
-    if hit(f"{direction}Deny"):
-        return False
-    isolated = mode == "always" or "reserved:init" in subject
-    for _, rule in mine:
-        wanted = (rule.get("enableDefaultDeny") or {}).get(direction)
-        if wanted is not False and (rule.get(direction) or rule.get(f"{direction}Deny")):
-            isolated = True
-    if not isolated:
-        return True
-    if not egress and allow_localhost and "reserved:host" in peer:
-        return True
-    return hit(direction)
+    """Whether the subject's side of one connection allows it, where nobody enforces L7."""
+    q = Question(
+        subject, peer, egress, proto, port, mode=mode, allow_localhost=allow_localhost,
+        cluster=cluster,
+    )  # fmt: skip
+    return answer(documents, q).allowed

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from cilia.identity import RESERVED, cidr_labels, reserved_labels
 from cilia.labels import Labels
 from cilia.policy import Document, MapState, PolicyEngine, parse_documents
+from cilia.policy.api import FQDNSelector
 
 _spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
 assert _spec is not None
@@ -51,6 +53,12 @@ PREFIXES = [
     "2001:db8::/32",
     "2001:db8:1::/48",
 ]
+ANSWERS = {
+    "example.org": ["192.0.2.7/32", "2001:db8::1/128"],
+    "example.com": ["10.1.2.3/32"],
+    "example.net": [],
+}
+PORT_NAMES = {"http": (8080, 6)}
 PORTS = [0, 1, 79, 80, 80, 80, 81, 8080, 65535]
 PROTOS = [1, 6, 6, 6, 17, 58, 132]
 
@@ -140,6 +148,21 @@ def port(draw: st.DrawFn, named: bool) -> Any:
 
 
 @st.composite
+def requests(draw: st.DrawFn, egress: bool) -> Any:
+    """A port rule with an L7 part; a parser a protocol, so that none meet on one row."""
+    if egress and draw(st.booleans()):
+        first = draw(st.sampled_from(["53", "80"]))
+        rule: Any = st.fixed_dictionaries({"matchPattern": st.sampled_from(["*", "a.org"])})
+        ports = [{"port": first, "protocol": "UDP"}]
+        return {"ports": ports, "rules": {"dns": draw(st.lists(rule, min_size=1, max_size=2))}}
+    one: dict[str, Any] = {"port": draw(st.sampled_from(["79", "80", "http"])), "protocol": "TCP"}
+    if one["port"] != "http" and draw(st.booleans()):
+        one["endPort"] = 81
+    rule = st.sampled_from([{"method": "GET"}, {"path": "/x"}, {"method": "GET", "path": "/x"}, {}])
+    return {"ports": [one], "rules": {"http": draw(st.lists(rule, min_size=1, max_size=2))}}
+
+
+@st.composite
 def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
     side = "to" if egress else "from"
     found: dict[str, Any] = {}
@@ -153,20 +176,15 @@ def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
         }[kind]
         found[f"{side}{kind}"] = draw(st.lists(item, max_size=2))
     elif egress and not deny and draw(st.integers(0, 9)) == 0:
-        found["toFQDNs"] = [{"matchName": "example.org"}]
+        found["toFQDNs"] = [{"matchName": draw(st.sampled_from(sorted(ANSWERS)))}]
     if draw(st.integers(0, 7)) == 0:
         found[f"{side}Requires"] = draw(st.lists(selectors, max_size=2))
     match draw(st.integers(0, 3)):
         case 0 | 1:
             rules = st.fixed_dictionaries({"ports": st.lists(port(named=not deny), max_size=3)})
             found["toPorts"] = draw(st.lists(rules, max_size=2))
-            if not deny and draw(st.integers(0, 9)) == 0:
-                found["toPorts"].append(
-                    {
-                        "ports": [{"port": "80", "protocol": "TCP"}],
-                        "rules": {"http": [{"method": "GET"}]},
-                    }
-                )
+            if not deny and draw(st.integers(0, 3)) == 0:
+                found["toPorts"].append(draw(requests(egress)))
         case 2:
             field = st.fixed_dictionaries(
                 {
@@ -215,6 +233,17 @@ def rules(draw: st.DrawFn) -> Any:
     return found
 
 
+def about_nodes(rule: dict[str, Any]) -> None:
+    """Make an endpoint rule one about nodes: those have no L7 parts."""
+    del rule["endpointSelector"]
+    rule["nodeSelector"] = {"matchLabels": {"type": "worker"}}
+    for name in ("ingress", "egress"):
+        for element in rule.get(name, ()):
+            kept = [x for x in element.get("toPorts", ()) if "rules" not in x]
+            if "toPorts" in element:
+                element["toPorts"] = kept
+
+
 @st.composite
 def document_lists(draw: st.DrawFn) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
@@ -239,6 +268,10 @@ def document_lists(draw: st.DrawFn) -> list[dict[str, Any]]:
                 doc["specs"] = draw(st.lists(rules(), max_size=2))
         if kind == "CiliumNetworkPolicy" and draw(st.booleans()):
             doc["metadata"]["namespace"] = draw(st.sampled_from(["default", "x"]))
+        if kind != "Rules" and draw(st.integers(0, 3)) == 0:
+            doc["metadata"]["annotations"] = {"cilia.io/audit": "true"}
+        if kind == "CiliumClusterwideNetworkPolicy" and draw(st.integers(0, 3)) == 0:
+            about_nodes(doc["spec"])
         found.append(doc)
     return found
 
@@ -273,36 +306,50 @@ def _prefix(labels: Labels) -> str:
     return next(x.key for x in labels if x.source == "cidr")
 
 
-probes = st.lists(
-    st.tuples(
-        st.sampled_from(ENDPOINTS),
-        st.booleans(),
-        st.sampled_from(PROTOS),
-        st.sampled_from(PORTS),
-    ),
-    min_size=3,
-    max_size=8,
+NODE = ["k8s:type=worker", "reserved:host"]
+NAMED_SUBJECTS = ENDPOINTS[:3]
+probe = st.tuples(
+    st.sampled_from([*ENDPOINTS, NODE]),
+    st.booleans(),
+    st.sampled_from(PROTOS),
+    st.sampled_from(PORTS),
 )
+probes = st.lists(probe, min_size=3, max_size=8)
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(
-    documents=document_lists(),
-    mode=st.sampled_from(["default", "default", "default", "always", "never"]),
-    localhost=st.booleans(),
-    probes=probes,
-)
-def test_engine_mapstate_and_oracle_agree(
-    documents: list[dict[str, Any]], mode: Any, localhost: bool, probes: list[Any]
+def l7_of(found: Any) -> frozenset[str] | None:
+    """An L7 set as the oracle says it."""
+    if found is None:
+        return None
+    words = {"method": "method", "path": "path", "match_pattern": "matchPattern"}
+    return frozenset(
+        "*"
+        if entry.rule is None
+        else json.dumps(
+            {words[name]: value for name in words if (value := getattr(entry.rule, name, ""))},
+            sort_keys=True,
+        )
+        for entry in found.rules
+    )
+
+
+def agree(
+    documents: list[dict[str, Any]],
+    mode: Any,
+    localhost: bool,
+    parsers: frozenset[str],
+    named: set[int],
+    probes: list[Any],
 ) -> None:
-    engine = PolicyEngine(mode, localhost, "default")
+    """The engine's verdict, the kernel's rows and the naive evaluator say the same."""
+    engine = PolicyEngine(mode, localhost, "default", enforcers=parsers)
     for number, labels in IDS.items():
         engine.add_identity(number, labels)
+    for number in named:
+        engine.set_port_names(number, PORT_NAMES)
     engine.set_documents(parse(documents))
+    for name, found in ANSWERS.items():
+        engine.set_fqdn(FQDNSelector(name), map(ipaddress.ip_network, found))
     local = {
         (1 << 24) + i: cidr_labels(prefix)
         for i, prefix in enumerate(sorted(engine.cidr_prefixes(), key=str), start=1)
@@ -313,28 +360,75 @@ def test_engine_mapstate_and_oracle_agree(
     questions = ((*probe, *peer) for probe in probes for peer in world)
     for subject_texts, egress, proto, port_number, labels, identity in questions:
         subject = Labels.parse(subject_texts)
-        expected = oracle.allowed(
+        own = PORT_NAMES if subject_texts in NAMED_SUBJECTS else {}
+        theirs = PORT_NAMES if identity in named else {}
+        expected = oracle.answer(
             documents,
-            subject_texts,
-            [str(x) for x in labels],
-            egress=egress,
-            proto=proto,
-            port=port_number,
-            mode=mode,
-            allow_localhost=localhost,
+            oracle.Question(
+                subject_texts,
+                [str(x) for x in labels],
+                egress,
+                proto,
+                port_number,
+                mode=mode,
+                allow_localhost=localhost,
+                parsers=parsers,
+                names=theirs if egress else own,
+                answers=ANSWERS,
+            ),
         )
+        wanted = (expected.allowed, expected.audit, expected.l7)
         direction: Any = "egress" if egress else "ingress"
-        state = engine.resolve(subject).mapstate
+        state = engine.resolve(subject, named_ports=own).mapstate
         context = (subject, labels, identity, direction, proto, port_number, mode)
-        assert engine.verdict(subject, labels, direction, proto, port_number).allowed == expected, (
-            context
+        verdict = engine.verdict(
+            subject, labels, direction, proto, port_number, named_ports=own, peer_ports=theirs
         )
-        assert state.allows(identity, egress, proto, port_number) == expected, context
-        event("allowed" if expected else "denied")
+        assert (verdict.allowed, verdict.audit, l7_of(verdict.l7)) == wanted, context
+        match = state.lookup(identity, egress, proto, port_number)
+        found_row = (
+            (False, False, None)
+            if match is None or match.entry.deny
+            else (True, match.entry.audit, l7_of(match.entry.l7))
+        )
+        assert found_row == wanted, context
+        event(
+            "denied"
+            if not expected.allowed
+            else "reported"
+            if expected.audit
+            else "allowed"
+            if expected.l7 is None
+            else "proxied"
+        )
 
 
+worlds = {
+    "documents": document_lists(),
+    "mode": st.sampled_from(["default", "default", "default", "always", "never"]),
+    "localhost": st.booleans(),
+    "parsers": st.sampled_from([frozenset(), frozenset(("http", "dns")), frozenset(("http",))]),
+    "named": st.sets(st.sampled_from([256, 257, 258])),
+}
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
+@given(**worlds, probes=probes)
+def test_engine_mapstate_and_oracle_agree(**world: Any) -> None:
+    agree(**world)
+
+
+@pytest.mark.slow
+@settings(max_examples=max(EXAMPLES, 10_000), deadline=None, suppress_health_check=SLOW)
+@given(**worlds, probes=st.lists(probe, min_size=1, max_size=1))
+def test_ten_thousand_policy_sets_agree(**world: Any) -> None:
+    agree(**world)
+
+
+WALK = ["add", "remove", "put", "take", "mode", "names", "answers", "parsers"]
 steps = st.lists(
-    st.tuples(st.sampled_from(["add", "remove", "put", "take", "mode"]), st.integers(0, 1000)),
+    st.tuples(st.sampled_from(WALK), st.integers(0, 1000)),
     max_size=25,
 )
 
@@ -352,9 +446,12 @@ def test_incremental_equals_from_scratch(
     for i, prefix in enumerate(sorted(engine.cidr_prefixes(), key=str), start=1):
         pool[(1 << 24) + i] = cidr_labels(prefix)
     numbers = list(pool)
-    subjects = [Labels.parse(x) for x in ENDPOINTS]
+    subjects = [Labels.parse(x) for x in [*ENDPOINTS, NODE]]
     present: set[int] = set()
     inforce = set(docs)
+    names: dict[int, dict[str, tuple[int, int]]] = {}
+    answers: dict[str, list[str]] = {}
+    parsers: frozenset[str] = frozenset()
     kernel: dict[Labels, dict[Any, Any]] = {s: {} for s in subjects}
     before: dict[Labels, MapState | None] = dict.fromkeys(subjects)
 
@@ -379,20 +476,36 @@ def test_incremental_equals_from_scratch(
                 changed = engine.remove_identity(number)
                 present.discard(number)
             case "put" if docs:
-                engine.upsert(docs[n % len(docs)])
+                changed = engine.apply([docs[n % len(docs)]]).subjects
                 inforce.add(docs[n % len(docs)])
             case "take" if docs:
                 doc = docs[n % len(docs)]
-                engine.remove(doc.kind, doc.namespace, doc.name)
+                changed = engine.apply([], [doc.key]).subjects
                 inforce.discard(doc)
             case "mode" if n % 5 == 0:
                 for subject in subjects[:2]:
                     engine.forget(subject)
+            case "names":
+                names[256 + n % 3] = {"http": (8080 + n % 2, 6)} if n % 5 else {}
+                changed = engine.set_port_names(256 + n % 3, names[256 + n % 3])
+            case "answers":
+                name = sorted(ANSWERS)[n % 3]
+                answers[name] = [] if n % 4 == 0 else [PREFIXES[3], PREFIXES[2]][: 1 + n % 2]
+                changed = engine.set_fqdn(
+                    FQDNSelector(name), map(ipaddress.ip_network, answers[name])
+                )
+            case "parsers":
+                parsers = frozenset(["http", "dns"][: n % 3])
+                changed = engine.set_enforcers(parsers)
         for subject in changed:
             refresh(subject)
-    fresh = PolicyEngine()
+    fresh = PolicyEngine(enforcers=parsers)
     for number in sorted(present):
         fresh.add_identity(number, pool[number])
+    for number, named in names.items():
+        fresh.set_port_names(number, named)
+    for name, found in answers.items():
+        fresh.set_fqdn(FQDNSelector(name), map(ipaddress.ip_network, found))
     fresh.set_documents(inforce)
     for subject in subjects:
         wanted = dict(fresh.resolve(subject).mapstate)
