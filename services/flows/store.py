@@ -81,6 +81,7 @@ class Store:
         self._offset_ns: int | None = None
         self._rates: deque[tuple[float, int]] = deque()
         self._rate_due = 0.0
+        self._noted = 0  # rows whose namespaces are known
         self.namespaces: dict[tuple[str, str], float] = {}
 
     # ---- in
@@ -226,9 +227,10 @@ class Store:
             self._rates.popleft()
 
     def note_namespaces(self, now: float) -> None:
-        """Which namespaces flows are of; kept for an hour. Looks at the last second's rows."""
+        """Which namespaces flows are of; kept for an hour. Looks at what is new, or enough of it."""
         head = self.ring.head
-        start = max(self.ring.tail, head - 65536)
+        start = max(self.ring.tail, self._noted, head - 65536)
+        self._noted = head
         view = self.view()
         for first, count in self.ring.spans(start, head):
             pairs = np.unique(self.ring.slice(first, count)["pair"])
