@@ -19,11 +19,14 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from cilia.bpf import constants as k
 from cilia.bpf.layout import EVENT
 from cilia.errors import InvalidError
 from cilia.rpc.convert import label_from_proto
 from protos.agent.v1 import agent_pb2
 from protos.hubble.v1 import flow_pb2, observer_pb2, relay_pb2
+from protos.xds.v1 import xds_pb2
+from services.flows.dimensions import DROPPED, ERROR, EVENT_L7, FORWARDED, TCP
 from services.flows.fieldmask import FieldMask
 from services.flows.filterspec import (
     EventTypeSpec,
@@ -34,8 +37,10 @@ from services.flows.filterspec import (
 )
 from services.flows.ingest import AgentBatch
 from services.flows.interning import AnyArray
+from services.flows.l7 import Dns, Http, Kafka, L7Record, L7Type
 from services.flows.ledger import Cause, Loss
 from services.flows.notes import Note
+from services.flows.store import L7Event
 from services.flows.world import EndpointInfo, Meaning, PolicyRef, RemoteInfo
 
 MAX_FILTERS: Final = 256  # in one list
@@ -327,10 +332,138 @@ def agent_batch(message: agent_pb2.EventBatch) -> AgentBatch:
         lost_ring=message.lost_ring,
         lost_transport=message.lost_transport,
         meaning=meaning_from_proto(message.meaning) if message.HasField("meaning") else None,
+        lost_l7=message.lost_l7,
+        l7=tuple(l7_event(one, message.wall_offset_ns) for one in message.l7),
         notes=tuple(
             Note(one.time_ns, agent_event(one).SerializeToString()) for one in message.notifications
         ),
     )
+
+
+# ---- requests at proxies
+
+_MAX_TEXT: Final = 8192  # characters of a URL or a header's value that are kept
+_MAX_HEADERS: Final = 128
+_L7_VERDICT: Final = {
+    xds_pb2.L7Record.FORWARDED: FORWARDED,
+    xds_pb2.L7Record.DENIED: DROPPED,
+    xds_pb2.L7Record.ERROR: ERROR,
+}
+
+
+def l7_event(message: xds_pb2.L7Record, wall_offset_ns: int) -> L7Event:
+    """What a proxy told of, as an event of type 129 and a record.
+
+    An answer goes from the server to the client, when the server had given it.
+    """
+    answer = message.type == xds_pb2.L7Record.RESPONSE
+    source, destination = message.source, message.destination
+    if answer:
+        source, destination = destination, source
+    # Rules of both ends on one connection: those of the receiving one have the last word.
+    egress = message.direction == xds_pb2.EGRESS
+    time_ns = message.time_ns + (message.latency_ns if answer else 0)
+    event = np.zeros(1, EVENT)
+    event["time_ns"] = max(0, time_ns - wall_offset_ns)
+    event["saddr"] = np.void(_address(source.address))
+    event["daddr"] = np.void(_address(destination.address))
+    event["src_identity"] = source.identity
+    event["dst_identity"] = destination.identity
+    ends = (source.endpoint_id & 0xFFFF, destination.endpoint_id & 0xFFFF)
+    event["ep_id"], event["peer_ep_id"] = ends if egress else reversed(ends)
+    event["sport_be"] = source.port & 0xFFFF
+    event["dport_be"] = destination.port & 0xFFFF
+    event["rule_id"] = message.rule_id
+    event["verdict"] = message.proxy_port & 0xFFFF
+    event["type"] = EVENT_L7
+    event["reason"] = _L7_VERDICT.get(message.verdict, 0)
+    event["direction"] = k.DIR_EGRESS if egress else k.DIR_INGRESS
+    event["proto"] = TCP
+    event["flags"] = (k.EVENT_F_REPLY if answer else 0) | (
+        k.EVENT_F_IPV6 if len(source.address) == 16 else 0
+    )
+    return L7Event(event, _l7_record(message, answer=answer))
+
+
+def _address(raw: bytes) -> bytes:
+    match len(raw):
+        case 4:
+            return b"\0" * 10 + b"\xff\xff" + raw
+        case 16:
+            return raw
+        case _:
+            return bytes(16)
+
+
+def _l7_record(message: xds_pb2.L7Record, *, answer: bool) -> L7Record:
+    kind = L7Type.RESPONSE if answer else L7Type.REQUEST
+    latency_ns = max(0, message.latency_ns) if answer else 0
+    own: Http | Dns | Kafka
+    values = message.fields
+    if message.parser == "kafka":
+        own = Kafka(
+            api_key=values.get("api_key", "")[:_MAX_TEXT],
+            api_version=_number(values.get("api_version", "")),
+            correlation_id=_number(values.get("correlation_id", "")),
+            error_code=_number(values.get("error_code", "")),
+            topic=values.get("topic", "")[:_MAX_TEXT],
+        )
+    elif message.parser == "dns":
+        own = Dns(
+            query=values.get("query", "")[:_MAX_TEXT],
+            rcode=_number(values.get("rcode", "")),
+            ttl=_number(values.get("ttl", "")),
+            ips=_words(values.get("ips", "")),
+            cnames=_words(values.get("cnames", "")),
+            qtypes=_words(values.get("qtypes", "")),
+            rrtypes=_words(values.get("rrtypes", "")),
+            observation_source="proxy",
+        )
+    else:
+        http = message.http
+        headers = [*http.headers, *(http.response_headers if answer else ())]
+        own = Http(
+            code=http.code if answer else 0,
+            method=http.method[:_MAX_TEXT],
+            url=http.url[:_MAX_TEXT],
+            protocol=(http.protocol or message.parser)[:_MAX_TEXT],
+            headers=tuple(
+                (one.name[:_MAX_TEXT], one.value[:_MAX_TEXT]) for one in headers[:_MAX_HEADERS]
+            ),
+        )
+    return L7Record(
+        type=kind, record=own, latency_ns=latency_ns, trace_id=_trace_id(message.http.headers)
+    )
+
+
+def _number(text: str) -> int:
+    """A number of 32 bits; 0 for what is none."""
+    try:
+        return max(-(1 << 31), min(int(text[:12]), (1 << 31) - 1))
+    except ValueError:
+        return 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text[:_MAX_TEXT].split(",") if word)
+
+
+def _trace_id(headers: Iterable[xds_pb2.Header]) -> str:
+    """Of W3C's trace context, or of B3 in either form; empty: none."""
+    for header in headers:
+        value = header.value[:256]
+        match header.name.lower():
+            case "traceparent":
+                parts = value.split("-")
+                if len(parts) >= 4 and len(parts[1]) == 32:
+                    return parts[1]
+            case "x-b3-traceid":
+                return value
+            case "b3":
+                return value.partition("-")[0]
+            case _:
+                pass
+    return ""
 
 
 # ---- agent events

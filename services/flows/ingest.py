@@ -36,6 +36,7 @@ class AgentBatch:
     wall_offset_ns: int
     lost_ring: int = 0
     lost_transport: int = 0
+    lost_l7: int = 0
     meaning: Meaning | None = None
     notes: tuple[Note, ...] = ()
     l7: tuple[L7Event, ...] = ()
@@ -89,6 +90,8 @@ class Ingest:
             store.lose(Cause.KERNEL, batch.lost_ring)
         if batch.lost_transport:
             store.lose(Cause.TRANSPORT, batch.lost_transport)
+        if batch.lost_l7:
+            store.lose(Cause.TRANSPORT, batch.lost_l7, detail="requests that proxies told of")
         if len(batch.events):
             store.take(batch.events, wall_offset_ns=batch.wall_offset_ns)
         if batch.l7:

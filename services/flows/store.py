@@ -227,7 +227,7 @@ class Store:
             self._rates.popleft()
 
     def note_namespaces(self, now: float) -> None:
-        """Which namespaces flows are of; kept for an hour. Looks at what is new, or enough of it."""
+        """Which namespaces flows are of; kept for an hour. Looks at what is new since."""
         head = self.ring.head
         start = max(self.ring.tail, self._noted, head - 65536)
         self._noted = head
