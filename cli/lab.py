@@ -58,6 +58,7 @@ def _shape(view: LabView) -> dict[str, Any]:
                 "agent_socket": n.agent_socket,
                 "identity_socket": n.identity_socket,
                 "xds_socket": n.xds_socket if n.xds_argv else None,
+                "flows_socket": n.flows_socket if n.flows_argv else None,
                 "services": [
                     {"name": s.name, "pid": s.pid or None, "state": s.state, "message": s.message}
                     for s in view.services
@@ -112,6 +113,8 @@ def how_to_talk(lab_: LabState) -> list[str]:
     sockets = f"CILIA_AGENT_SOCK={node.agent_socket} CILIA_IDENTITY_SOCK={node.identity_socket}"
     if node.xds_argv:
         sockets += f" CILIA_XDS_SOCK={node.xds_socket}"
+    if node.flows_argv:
+        sockets += f" CILIA_FLOWS_SERVER=unix://{node.flows_socket}"
     lines = [
         f"export {sockets}",
         "cilia endpoint list",

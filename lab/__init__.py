@@ -1,7 +1,7 @@
 """Nodes on one machine: namespaces as nodes and workloads, made from a YAML file and unmade again.
 
     lab file ──spec──▶ up: wire + world + node namespaces, bpffs, cgroup
-                       ├─ identity, [xds,] agent   started inside the node's namespace (setns)
+                       ├─ identity, [xds,] agent[, flows]   started inside the node's netns (setns)
                        ├─ endpoints           added through the agent's API
                        └─ workloads           processes in their namespaces, names from a hosts file
 

@@ -19,6 +19,7 @@ from cilia.rpc.errors import RpcError
 from lab.errors import LabError
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from protos.common.v1 import common_pb2
+from protos.flows.v1 import flows_pb2, flows_pb2_grpc
 from protos.identity.v1 import identity_pb2, identity_pb2_grpc
 from protos.xds.v1 import xds_pb2, xds_pb2_grpc
 
@@ -203,6 +204,17 @@ async def identity_answers(socket: str) -> bool:
         except RpcError:
             return False
         return True
+
+
+async def flows_watch(socket: str) -> bool:
+    """True when the flow service hears its agent."""
+    async with connect(Path(socket), service="flows") as channel:
+        stub = flows_pb2_grpc.FlowsServiceStub(channel)
+        try:
+            stats = await stub.Stats(flows_pb2.StatsRequest(), timeout=PING_TIMEOUT_S)
+        except RpcError:
+            return False
+        return stats.watching
 
 
 async def xds_answers(socket: str) -> bool:

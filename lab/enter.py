@@ -36,6 +36,7 @@ def node_environment(lab: LabState, text: str) -> list[tuple[str, str]]:
         ("CILIA_AGENT_SOCK", node.agent_socket),
         ("CILIA_IDENTITY_SOCK", node.identity_socket),
         ("CILIA_XDS_SOCK", node.xds_socket),
+        ("CILIA_FLOWS_SERVER", f"unix://{node.flows_socket}"),
     ]
 
 

@@ -74,6 +74,11 @@ async def _view(lab: LabState) -> LabView:
             services.append(
                 ServiceView(node=node.name, name="xds", pid=pid, state=_state(node.xds))
             )
+        if node.flows_argv:
+            pid = node.flows.pid if node.flows else 0
+            services.append(
+                ServiceView(node=node.name, name="flows", pid=pid, state=_state(node.flows))
+            )
         agent, message = _state(node.agent), ""
         if agent == "running":
             async with AgentClient(node.agent_socket) as client:

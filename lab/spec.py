@@ -41,13 +41,15 @@ DEFAULT_POOL6 = "fd00:c111::/64"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
     """A node; `agent_args` and the like are added to the services' command lines. `xds`: it has
-    the xDS service, and with it Envoy."""
+    the xDS service, and with it Envoy; `flows`: the flow service."""
 
     name: str
     agent_args: tuple[str, ...] = ()
     identity_args: tuple[str, ...] = ()
     xds: bool = False
     xds_args: tuple[str, ...] = ()
+    flows: bool = False
+    flows_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class _Node(_Document):
     identity_args: list[str] = []
     xds: bool = False
     xds_args: list[str] = []
+    flows: bool = False
+    flows_args: list[str] = []
 
     @field_validator("name")
     @classmethod
@@ -253,6 +257,8 @@ def _to_spec(document: _Lab, *, source: str, base: Path) -> LabSpec:
             identity_args=tuple(n.identity_args),
             xds=n.xds,
             xds_args=tuple(n.xds_args),
+            flows=n.flows,
+            flows_args=tuple(n.flows_args),
         )
         for n in document.nodes
     )

@@ -37,9 +37,11 @@ class NodeState:
     agent: Process | None = None
     identity: Process | None = None
     xds: Process | None = None
+    flows: Process | None = None
     agent_argv: tuple[str, ...] = ()
     identity_argv: tuple[str, ...] = ()
     xds_argv: tuple[str, ...] = ()
+    flows_argv: tuple[str, ...] = ()
 
     @property
     def agent_socket(self) -> str:
@@ -54,8 +56,12 @@ class NodeState:
         return f"{self.run_dir}/xds.sock"
 
     @property
+    def flows_socket(self) -> str:
+        return f"{self.run_dir}/hubble.sock"
+
+    @property
     def processes(self) -> tuple[Process | None, ...]:
-        return self.identity, self.xds, self.agent
+        return self.identity, self.xds, self.agent, self.flows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +155,11 @@ def _from_json(value: dict[str, Any]) -> LabState:
                 "agent": _process(item["agent"]),
                 "identity": _process(item["identity"]),
                 "xds": _process(item.get("xds")),
+                "flows": _process(item.get("flows")),
                 "agent_argv": tuple(item["agent_argv"]),
                 "identity_argv": tuple(item["identity_argv"]),
                 "xds_argv": tuple(item.get("xds_argv", ())),
+                "flows_argv": tuple(item.get("flows_argv", ())),
             }
         )
         for item in value["nodes"]

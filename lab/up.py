@@ -1,6 +1,7 @@
 """Making a lab: namespaces and wire, services, policies, endpoints, workloads; in this order.
 
-    wire ─▶ identity ─▶ xds ─▶ agent ─▶ policies ─▶ endpoints ─▶ hosts files ─▶ processes ─▶ ports
+    wire ─▶ identity ─▶ xds ─▶ agent ─▶ flows ─▶ policies ─▶ endpoints ─▶ hosts files
+         ─▶ processes ─▶ ports
 
 Every step is in the state file before the next begins, and a failed `up` unmakes what it made.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from cilia.errors import Kind
 from lab import host, process, state
-from lab.clients import AgentClient, identity_answers, xds_answers
+from lab.clients import AgentClient, flows_watch, identity_answers, xds_answers
 from lab.down import clear
 from lab.errors import LabError, LabExists
 from lab.names import Names, netns_path
@@ -51,6 +52,7 @@ class Services:
     identity: tuple[str, ...]
     xds: tuple[str, ...]
     agent: tuple[str, ...]
+    flows: tuple[str, ...]
 
 
 def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
@@ -64,6 +66,11 @@ def services(spec: LabSpec, node: NodeSpec, names: Names) -> Services:
             "--run-dir", str(run_dir),
             "--secrets", str(run_dir / "certs"),
             *node.xds_args,
+        ),
+        flows=(
+            sys.executable, "-m", "services.flows", *common,
+            "--node", node.name,
+            *node.flows_args,
         ),
         agent=(
             sys.executable, "-m", "services.agent", *common,
@@ -227,6 +234,7 @@ async def _start_services(
         node.name,
         identity_argv=argv.identity,
         xds_argv=argv.xds if node.xds else (),
+        flows_argv=argv.flows if node.flows else (),
         agent_argv=argv.agent,
     )
     lab = start_service(lab, node.name, "identity")
@@ -252,7 +260,20 @@ async def _start_services(
         )
     lab = start_service(lab, node.name, "agent")
     await agent_ready(lab, node.name)
-    say(f"{node.name}: identity{', xds' if node.xds else ''} and agent answer")
+    if node.flows:
+        lab = start_service(lab, node.name, "flows")
+        flows = lab.node(node.name).flows
+        assert flows is not None
+        await _until(
+            lambda: flows_watch(lab.node(node.name).flows_socket),
+            what="the flow service",
+            last=lambda: "it does not hear the agent",
+            process_=flows,
+            log=names.log / f"{node.name}-flows.log",
+        )
+    started = ["identity", *(["xds"] if node.xds else []), "agent"]
+    started += ["flows"] if node.flows else []
+    say(f"{node.name}: {', '.join(started[:-1])} and {started[-1]} answer")
     return lab
 
 
@@ -280,13 +301,14 @@ async def agent_ready(lab: LabState, node: str) -> None:
 
 
 def start_service(lab: LabState, node: str, service: str) -> LabState:
-    """Start a node's `agent`, `identity` or `xds` and record it; the state file is written before
+    """Start one of a node's services and record it; the state file is written before
     it runs anything that matters: its cgroup knows it from the first instruction."""
     item = lab.node(node)
     argv = {
         "agent": item.agent_argv,
         "identity": item.identity_argv,
         "xds": item.xds_argv,
+        "flows": item.flows_argv,
     }[service]
     started = process.spawn(
         f"{node}-{service}",
