@@ -9,7 +9,7 @@
        │ │        │ spill            ▲
        │ │        ▼                  │                 FlowMetrics (a follower)
        │ │     Segments (Parquet) ───┘
-       │ └──▶ Ledger (what is missing)
+       │ └──▶ Ledger (what is missing)         Exports (followers): JSON lines, OTLP
        └──▶ LiveDimensions (pairs, metas, L7) ◀── World (who is who now)
 
 What a server, an exporter or a metric needs of the store:
@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -56,6 +58,9 @@ from services.flows.server import FLOWS, HUBBLE_HEALTH, OBSERVER, PEER, About, F
 from services.flows.store import Store
 from services.flows.uuids import new_run
 from services.flows.world import World
+
+if TYPE_CHECKING:
+    from services.flows.exporters.manager import Exports
 
 log = structlog.get_logger()
 
@@ -114,6 +119,20 @@ def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
         lifecycle.add("history", history)
         controllers.add(Controller("spill", history.spill_due, retry_s=1.0, resync_s=1.0))
 
+    metrics: FlowMetrics | None = None
+    if config.metrics:
+        metrics = FlowMetrics(
+            [parse_spec(text) for text in config.metrics.split()], lost=lambda: ledger.totals
+        )
+        REGISTRY.register(metrics)
+        lifecycle.add_task("metrics", partial(_count, store, metrics))
+    exports: Exports | None = None
+    if config.exports is not None:
+        # OpenTelemetry's SDK takes a second and 30 MB: only who exports pays.
+        from services.flows.exporters.manager import Exports
+
+        exports = Exports(store, config.exports, version=_version(), metrics=metrics)
+        lifecycle.add("exports", exports)
     server = FlowServer(
         store,
         notes,
@@ -123,14 +142,9 @@ def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
             address=config.advertise or (config.listen.split(",")[0] if config.listen else ""),
             disk_bytes=config.history_mb << 20,
             watching=lambda: ingest.problem,
+            degraded=lambda: exports.problem if exports is not None else "",
         ),
     )
-    if config.metrics:
-        metrics = FlowMetrics(
-            [parse_spec(text) for text in config.metrics.split()], lost=lambda: ledger.totals
-        )
-        REGISTRY.register(metrics)
-        lifecycle.add_task("metrics", lambda: _count(store, metrics))
     services = (OBSERVER, PEER, FLOWS)
     health = Health((*services, HUBBLE_HEALTH))
     grpc = GrpcServer(

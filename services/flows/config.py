@@ -62,6 +62,8 @@ class FlowsConfig:
     peer_service: str = ""
     metrics: str = ""
     """Hubble's metrics, separated by spaces: "drop:sourceContext=namespace flow"."""
+    exports: Path | None = None
+    """File that lists what to write to files and collectors; read again when it changes."""
     log_level: str = "info"
     log_format: str = "auto"
     metrics_address: str = ""
@@ -185,6 +187,7 @@ _HELP = {
     "peers_file": "relay: file that lists nodes",
     "peer_service": "relay: address of a node that tells of all (peer.Peer/Notify)",
     "metrics": "Hubble's metrics, separated by spaces, each name[:option=value;...]",
+    "exports": "file that lists exports, flowLogs in Hubble's form and otlp",
     "log_level": "debug, info, warning or error",
     "log_format": "auto (JSON unless a terminal), json or console",
     "metrics_address": "host:port to serve Prometheus metrics at",

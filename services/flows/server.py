@@ -51,6 +51,7 @@ class About:
     tls_server_name: str = ""
     disk_bytes: int = 0  # how much history may take
     watching: Callable[[], str] = lambda: ""  # why the agent is not heard; "" when it is
+    degraded: Callable[[], str] = lambda: ""  # what else is not as it should be
 
 
 class Encoded:
@@ -350,7 +351,7 @@ class FlowServer:
             clients=self.clients(),
             followers=self.followers,
             watching=not why,
-            message=why or store.counters.last_spill_error,
+            message=why or store.counters.last_spill_error or self._about.degraded(),
             lost={cause.value: count for cause, count in store.ledger.totals.items()},
         )
         memory = response.memory

@@ -20,7 +20,7 @@ from tests.e2e.machine import REPOSITORY, Cilia, Lab, remains_of, remove_remains
 
 LAB = """
 name: flows
-nodes: [{name: node1, flows: true}]
+nodes: [{name: node1, flows: true, flows_args: [--exports, EXPORTS, --metrics, "drop flow policy"]}]
 workloads:
   - {name: deathstar, labels: {org: empire, class: deathstar}, namespace: lab,
      command: python -m lab.httpd --name deathstar, ports: [80]}
@@ -51,7 +51,9 @@ def fleet(
     remove_remains()
     name = f"e2e{os.getpid()}-flows"
     path = tmp_path_factory.mktemp("flows") / "lab.yaml"
-    path.write_text(LAB)
+    exports = path.with_name("exports.yaml")
+    exports.write_text(f"flowLogs: [{{name: all, filePath: {exports.with_name('flows.jsonl')}}}]")
+    path.write_text(LAB.replace("EXPORTS", str(exports)))
     up = Cilia().run("lab", "up", str(path), "--name", name, "-o", "json", timeout_s=110)
     assert up.returncode == 0, up.stderr
     node = json.loads(up.stdout)["nodes"][0]
@@ -66,6 +68,8 @@ def fleet(
         lands(fleet, "tiefighter")
         lands(fleet, "xwing")
         yield fleet
+        written = [json.loads(x) for x in exports.with_name("flows.jsonl").open()]
+        assert {"DROPPED", "FORWARDED"} <= {x["flow"]["verdict"] for x in written if "flow" in x}
     finally:
         down.down(name)
     assert remains_of(name) == []
