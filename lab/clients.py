@@ -89,6 +89,25 @@ class Verdict:
     explanation: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request that the proxy judged."""
+
+    verdict: str
+    direction: str
+    source: str
+    source_port: int
+    source_identity: int
+    destination: str
+    destination_port: int
+    destination_identity: int
+    method: str
+    url: str
+    code: int
+    grpc_status: int
+    policy: str  # the rule that let it pass, or those that might have: with file and line
+
+
 class AgentClient:
     """The agent of one node."""
 
@@ -194,6 +213,21 @@ class AgentClient:
         finally:
             stream.cancel()
 
+    async def requests(self, listening: Callable[[], None]) -> AsyncIterator[Request]:
+        """What the proxy judges; nothing is missed after `listening` was called. Ends when the
+        agent goes away."""
+        stream = self._monitor.Monitor(agent_pb2.MonitorRequest(types=["l7"]))
+        try:
+            await stream.initial_metadata()
+            listening()
+            async for item in stream:
+                if item.type == "l7":
+                    yield _request(item)
+        except RpcError:
+            return
+        finally:
+            stream.cancel()
+
 
 async def identity_answers(socket: str) -> bool:
     """True when the identity service answers."""
@@ -273,6 +307,25 @@ def _verdict(item: agent_pb2.MonitorEvent) -> Verdict:
         rule=_rule(item.rule) if named else None,
         default_deny=tuple(_rule(r) for r in item.default_deny),
         explanation=item.explanation,
+    )
+
+
+def _request(item: agent_pb2.MonitorEvent) -> Request:
+    http = item.l7.http
+    return Request(
+        verdict=item.verdict,
+        direction=item.direction,
+        source=item.source.address,
+        source_port=item.source.port,
+        source_identity=item.source.identity,
+        destination=item.destination.address,
+        destination_port=item.destination.port,
+        destination_identity=item.destination.identity,
+        method=http.method,
+        url=http.url,
+        code=http.code,
+        grpc_status=http.grpc_status,
+        policy=item.l7.policy,
     )
 
 

@@ -3,6 +3,8 @@
     act 1   no policy: every ship lands
     act 2   the L3-L4 policy: ships of the empire land, the X-wing's packets are dropped
     act 3   the agent is killed with SIGKILL in a download and restarted: nothing breaks or opens
+    act 4   the L7 policy: ships of the empire may ask for a landing, and for nothing else
+    act 5   the same for gRPC: one method is allowed, another one is not
 
 Every line printed about traffic is an observation: what the client process got, what the kernel
 reported about exactly that connection (matched by addresses and source port), what the process
@@ -23,14 +25,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TextIO, TypeVar
 
 from cilia.bpf import Map
 from cilia.bpf.layout import METRIC
 from cilia.errors import DomainError
 from lab import down, plans, process, spec, state
 from lab import up as lab_up
-from lab.clients import AgentClient, EndpointInfo, RuleInfo, Verdict
+from lab.clients import AgentClient, EndpointInfo, Request, RuleInfo, Verdict
 from lab.errors import LabError
 from lab.state import LabState, WorkloadState
 from lab.up import ROOT, environment, place_of
@@ -38,12 +40,14 @@ from lab.up import ROOT, environment, place_of
 LAB = "demo"
 LAB_FILE = ROOT / "examples" / "lab" / "star-wars.yaml"
 POLICY = Path("examples/policies/star-wars/l3-l4.yaml")
+L7_POLICY = Path("examples/policies/star-wars-l7/l7.yaml")
+DENIED_BODY = "Access denied by the Empire"  # xds_args of the lab file
 NODE = "node1"
 
 LAND_TIMEOUT_S = 3.0  # for a landing that should work
 DENIED_TIMEOUT_S = 1.2  # for one that should not: a dropped SYN is never answered
 EVENT_TIMEOUT_S = 3.0
-PLANS_BYTES = 14 << 20
+PLANS_BYTES = 20 << 20
 PLANS_RATE = 1 << 20  # bytes a second
 KILL_AFTER = 1 << 20  # bytes received when the agent is killed
 DEAD_BYTES = 1 << 20  # bytes that must arrive while it is dead
@@ -130,23 +134,26 @@ class Ledger:
 # ---- what the kernel reports
 
 
-class Witness:
-    """The monitor stream, kept, so that an attempt finds the events about its own connection."""
+E = TypeVar("E", Verdict, Request)
 
-    def __init__(self, client: AgentClient) -> None:
-        self._client = client
-        self._events: list[Verdict] = []
+
+class Witness(Generic[E]):
+    """A monitor stream, kept, so that an attempt finds the events about its own connection."""
+
+    def __init__(self, source: Callable[[Callable[[], None]], AsyncIterator[E]]) -> None:
+        self._source: Callable[[Callable[[], None]], AsyncIterator[E]] = source
+        self._events: list[E] = []
         self._news = asyncio.Condition()
         self.listening = asyncio.Event()
 
     async def listen(self) -> None:
         """Collect until cancelled or until the agent is gone."""
-        async for event in self._client.verdicts(self.listening.set):
+        async for event in self._source(self.listening.set):
             async with self._news:
                 self._events.append(event)
                 self._news.notify_all()
 
-    async def find(self, wanted: Callable[[Verdict], bool], timeout_s: float) -> list[Verdict]:
+    async def find(self, wanted: Callable[[E], bool], timeout_s: float) -> list[E]:
         """Events that match, waiting for the first; empty when none came in time."""
         try:
             async with asyncio.timeout(timeout_s), self._news:
@@ -322,15 +329,23 @@ class Play:
     async def run(self) -> None:
         async with AgentClient(self.lab.nodes[0].agent_socket) as agent:
             before = {(e.namespace, e.name): e for e in await agent.endpoints()}
-            async with self._witnessed(agent) as witness:
+            async with self._witnessed(agent.verdicts) as witness:
                 await self.act1(witness)
                 await self.act2(agent, witness)
         await self.act3(before)
+        async with (
+            AgentClient(self.lab.nodes[0].agent_socket) as agent,
+            self._witnessed(agent.requests) as requests,
+        ):
+            await self.act4(agent, requests)
+            await self.act5(requests)
 
     @contextlib.asynccontextmanager
-    async def _witnessed(self, agent: AgentClient) -> AsyncIterator[Witness]:
+    async def _witnessed(
+        self, source: Callable[[Callable[[], None]], AsyncIterator[E]]
+    ) -> AsyncIterator[Witness[E]]:
         """The monitor's events for as long as the block runs; it is known to be listening."""
-        witness = Witness(agent)
+        witness = Witness(source)
         async with asyncio.TaskGroup() as group:
             listening = group.create_task(witness.listen())
             try:
@@ -342,7 +357,7 @@ class Play:
 
     # ---- acts
 
-    async def act1(self, witness: Witness) -> None:
+    async def act1(self, witness: Witness[Verdict]) -> None:
         self.screen.title("Act 1: no policy. Who asks, lands.")
         fleet = self.fleet
         made = await attempts(self.lab, fleet.tries(fleet.tiefighter, fleet.xwing), LAND_TIMEOUT_S)
@@ -358,7 +373,7 @@ class Play:
             f"{sum(item.landed for item in made)} of {len(made)} landed",
         )
 
-    async def act2(self, agent: AgentClient, witness: Witness) -> None:
+    async def act2(self, agent: AgentClient, witness: Witness[Verdict]) -> None:
         screen, fleet = self.screen, self.fleet
         screen.title("Act 2: the L3-L4 policy. Ships of the empire may use port 80, nobody else.")
         started = time.monotonic()
@@ -525,7 +540,7 @@ class Play:
                 after == before,
                 f"{len(after)} endpoints",
             )
-            async with self._witnessed(client_) as witness:
+            async with self._witnessed(client_.verdicts) as witness:
                 dropped = await attempts(
                     self.lab, [(fleet.xwing, fleet.deathstars[0], 4)], DENIED_TIMEOUT_S
                 )
@@ -535,6 +550,144 @@ class Play:
             all(item.silent for item in dropped) and all(reasons),
             dropped[0].outcome,
         )
+
+    async def act4(self, agent: AgentClient, witness: Witness[Request]) -> None:
+        screen, fleet, ledger = self.screen, self.fleet, self.ledger
+        screen.title("Act 4: the L7 policy. Ships of the empire may ask for a landing, no more.")
+        ship, target = fleet.tiefighter, fleet.deathstars[0]
+        before = await self._ask(ship, target, 4, "PUT", "/v1/exhaust-port")
+        screen.line(
+            f"  before it, {ship.name} PUTs into the exhaust port: {_answer(before)}, "
+            "for a packet to port 80 is a packet to port 80"
+        )
+        ledger.expect(
+            "act 4: L3-L4 policy does not see what is asked",
+            before["status"] == 503,
+            _answer(before),
+        )
+        started = time.monotonic()
+        revision = await agent.apply([ROOT / L7_POLICY], names=[str(L7_POLICY)])
+        took_ms = (time.monotonic() - started) * 1000
+        screen.line(
+            f"  policy {L7_POLICY} applied and in force: revision {revision}, {took_ms:.0f} ms"
+        )
+        screen.line()
+        told = []
+        for family in (4, 6):
+            landing = await self._ask(ship, target, family, "POST", "/v1/request-landing")
+            told.append(await self._request(landing, ship, family, witness))
+            exhaust = await self._ask(ship, target, family, "PUT", "/v1/exhaust-port")
+            told.append(await self._request(exhaust, ship, family, witness))
+            ledger.expect(
+                f"act 4: the tiefighter may ask for a landing, IPv{family}",
+                landing["status"] == 200 and landing["body"] == "Ship landed\n",
+                _answer(landing),
+            )
+            ledger.expect(
+                f"act 4: it gets 403 for the exhaust port, with our text, IPv{family}",
+                exhaust["status"] == 403 and exhaust["body"].strip() == DENIED_BODY,
+                _answer(exhaust),
+            )
+        ledger.expect(
+            "act 4: each request is told of, with the rule, its file and line",
+            all(event is not None and f"({L7_POLICY}:" in event.policy for event in told),
+            f"{sum(event is not None for event in told)} of {len(told)} are",
+        )
+        dropped = await attempts(self.lab, [(fleet.xwing, target, 4)], DENIED_TIMEOUT_S)
+        for item in dropped:
+            screen.line(f"  {self._headline(item)}")
+        ledger.expect(
+            "act 4: the xwing does not come as far as a request",
+            all(item.silent for item in dropped),
+            dropped[0].outcome,
+        )
+
+    async def act5(self, witness: Witness[Request]) -> None:
+        screen, fleet, ledger = self.screen, self.fleet, self.ledger
+        screen.title("Act 5: gRPC. The empire may aim its superlaser; to fire is for nobody.")
+        ship, target = fleet.tiefighter, fleet.deathstars[0]
+        argv = [sys.executable, "-m", "lab.superlaser"]
+        server = await client(self.lab, target, [*argv, "serve"])
+        try:
+            assert server.stdout is not None
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                ready = await server.stdout.readline()
+            ledger.expect("act 5: the service runs", ready == b"ready\n", repr(ready))
+            for method, code in (("Aim", "OK"), ("Fire", "PERMISSION_DENIED")):
+                child = await client(self.lab, ship, [*argv, "call", target.ipv4, method])
+                async with asyncio.timeout(STEP_TIMEOUT_S):
+                    out, _ = await child.communicate()
+                found = json.loads(out) if out else {"code": "no answer", "answer": ""}
+                mark = screen.good("allowed") if found["code"] == "OK" else screen.bad("denied ")
+                said = found["answer"] or found["message"]
+                screen.line(f"  {mark}  {ship.name} calls {method}: {found['code']} {said!r}")
+
+                def about_it(event: Request, method: str = method) -> bool:
+                    return event.source == ship.ipv4 and event.url.endswith(f"/{method}")
+
+                events = await witness.find(about_it, EVENT_TIMEOUT_S)
+                if events:
+                    self._tell_request(events[-1])
+                ledger.expect(
+                    f"act 5: {method} ends with {code}", found["code"] == code, found["code"]
+                )
+                ledger.expect(
+                    f"act 5: {method} is told of, with the rule",
+                    bool(events) and str(L7_POLICY) in events[-1].policy,
+                    events[-1].policy if events else "nothing",
+                )
+        finally:
+            if server.returncode is None:
+                server.kill()
+            await server.wait()
+
+    async def _ask(
+        self, ship: WorkloadState, target: WorkloadState, family: int, method: str, path: str
+    ) -> dict[str, Any]:
+        """One request; what the client process got."""
+        address = target.ipv4 if family == 4 else f"[{target.ipv6}]"
+        argv = client_argv("--timeout", str(LAND_TIMEOUT_S), method, f"http://{address}{path}")
+        child = await client(self.lab, ship, argv)
+        out, _ = await child.communicate()
+        if not out:
+            raise LabError(f"the client of {ship.name} ended without a word")
+        found: dict[str, Any] = json.loads(out)
+        found["asked"] = f"{method} {path}"
+        return found
+
+    async def _request(
+        self, result: dict[str, Any], ship: WorkloadState, family: int, witness: Witness[Request]
+    ) -> Request | None:
+        """Tell a request; returns what the proxy said about it."""
+        screen = self.screen
+        allowed = result["status"] == 200
+        mark = screen.good("allowed") if allowed else screen.bad("denied ")
+        route = f"{ship.name} {result['asked']}, IPv{family}"
+        screen.line(f"  {mark}  {route:<50} {_answer(result)}")
+
+        port: int = result["local_port"]
+        remote: str = result["remote"]
+
+        def mine(event: Request) -> bool:
+            return event.source_port == port and event.destination == remote
+
+        events = await witness.find(mine, EVENT_TIMEOUT_S)
+        if not events:
+            screen.line(screen.bad("      the proxy reported nothing about it"))
+            return None
+        self._tell_request(events[-1])
+        return events[-1]
+
+    def _tell_request(self, event: Request) -> None:
+        screen = self.screen
+        denied = event.verdict == "DENIED"
+        word = screen.bad(event.verdict) if denied else screen.good(event.verdict)
+        screen.line(
+            f"      {word} at {event.direction}, identity {event.source_identity} -> "
+            f"{event.destination_identity}, {event.method} {event.url}"
+        )
+        how = "not what is allowed by" if denied else "by"
+        screen.line(f"      {how} {event.policy}")
 
     # ---- observing
 
@@ -563,7 +716,7 @@ class Play:
         route = f"{item.ship.name} ({who}) -> {item.target.name}, IPv{item.family}"
         return f"{mark}  {route:<50} {item.outcome}"
 
-    async def _landed(self, item: Attempt, witness: Witness) -> Verdict | None:
+    async def _landed(self, item: Attempt, witness: Witness[Verdict]) -> Verdict | None:
         """Tell a landing; returns the verdict of the deathstar's ingress that admitted it."""
         self.screen.line(f"  {self._headline(item)}")
         mine = about(item.result, item.address)
@@ -578,7 +731,7 @@ class Play:
         self._tell(events[0], events[0].rule)
         return events[0]
 
-    async def _dropped(self, item: Attempt, witness: Witness) -> bool:
+    async def _dropped(self, item: Attempt, witness: Witness[Verdict]) -> bool:
         """Tell a drop; True when its reason, rule, file and line are known."""
         self.screen.line(f"  {self._headline(item)}")
         mine = about(item.result, item.address)
@@ -623,6 +776,12 @@ class Play:
         text = _source_line(rule)
         if text:
             screen.line(screen.dim(f"      {rule.line:>4} | {text}"))
+
+
+def _answer(result: dict[str, Any]) -> str:
+    if result["status"] is None:
+        return str(result["error"])
+    return f"{result['status']} {result['body'].strip()!r}"
 
 
 def _source_line(rule: RuleInfo) -> str:

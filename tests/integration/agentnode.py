@@ -59,9 +59,19 @@ def sweep() -> None:
             if path.parent.name == "netns":
                 subprocess.run(["ip", "netns", "del", path.name], check=False)
             else:
+                end_envoys(path)
                 with contextlib.suppress(Exception):
                     umount_bpffs(path / "bpf")
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def end_envoys(run_dir: Path) -> None:
+    """Those that an xds service of this directory launched outlive it when it is killed."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if f"{run_dir}/envoy/".encode() in b" ".join(words) and b"--config-path" in words:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 class AgentNode:
@@ -101,6 +111,7 @@ class AgentNode:
             self._channel.close()
         for name in list(self.processes):
             self.stop(name, signal.SIGKILL)
+        end_envoys(self.run_dir)
         with contextlib.suppress(Exception):
             umount_bpffs(self.run_dir / "bpf")
         for name in self.namespaces:
