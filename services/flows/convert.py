@@ -423,7 +423,7 @@ def _l7_record(message: xds_pb2.L7Record, *, answer: bool) -> L7Record:
         http = message.http
         headers = [*http.headers, *(http.response_headers if answer else ())]
         own = Http(
-            code=http.code if answer else 0,
+            code=http.code,  # 0 for a request, but of one that was refused
             method=http.method[:_MAX_TEXT],
             url=http.url[:_MAX_TEXT],
             protocol=(http.protocol or message.parser)[:_MAX_TEXT],

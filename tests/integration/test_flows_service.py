@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.hubble.v1 import flow_pb2, observer_pb2, observer_pb2_grpc, relay_pb2
 from tests.integration.agentnode import AgentNode, eventually
+from tests.integration.test_agent_proxy import EMPIRE, FIGHTER, Web, once
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
 
@@ -294,3 +295,58 @@ def test_history_goes_on_after_a_restart(node: FlowNode, how: signal.Signals) ->
     eventually(
         lambda: len(node.flows(wanted, since=start)) > len(found), within_s=10, what="new flows"
     )
+
+
+L7_POLICY = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: l7, namespace: default}
+spec:
+  endpointSelector: {matchLabels: {app: deathstar}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {org: empire}}]
+    toPorts:
+    - ports: [{port: "8000", protocol: TCP}]
+      rules:
+        http:
+        - {method: POST, path: /landing}
+"""
+
+
+def test_requests_at_the_proxy_are_flows(need_nft: None, need_redirect_peer: None) -> None:
+    with FlowNode("flowl7") as node:
+        node.start("identity")
+        node.start("xds")
+        node.start("agent")
+        node.workload("deathstar", *EMPIRE)
+        node.workload("tiefighter", *FIGHTER)
+        node.start_flows()
+        eventually(node.watching, within_s=10, what="the agent is heard")
+        with contextlib.closing(Web(node, "deathstar")):
+            node.apply(L7_POLICY)
+            address = node.get("deathstar").ipv4
+            eventually(
+                lambda: once(node, "tiefighter", address, "POST", "/landing")[0] == 200,
+                within_s=20,
+                what="the proxy answers",
+            )
+            assert once(node, "tiefighter", address, "PUT", "/exhaust")[0] == 403
+        refused = node.wait_flow(flow_pb2.FlowFilter(protocol=["http"], verdict=[flow_pb2.DROPPED]))
+        assert (refused.source.pod_name, refused.destination.pod_name) == (
+            "tiefighter", "deathstar",
+        )  # fmt: skip
+        assert refused.l7.http.method == "PUT"
+        assert refused.l7.http.url.endswith("/exhaust")
+        assert refused.l7.http.code == 403
+        assert "PUT" in refused.Summary
+        assert "l7" in [by.name for by in refused.ingress_denied_by]
+        answered = node.wait_flow(
+            flow_pb2.FlowFilter(http_status_code=["2+"], http_path=["^/landing"], reply=[True])
+        )
+        assert answered.source.pod_name == "deathstar"
+        assert answered.l7.http.code == 200
+        assert answered.l7.latency_ns > 0
+        assert "l7" in [by.name for by in answered.ingress_allowed_by]
+        # The connection's own verdict says that it was redirected, and to where.
+        redirected = node.wait_flow(flow_pb2.FlowFilter(verdict=[flow_pb2.REDIRECTED]))
+        assert redirected.proxy_port

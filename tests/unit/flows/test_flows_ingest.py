@@ -178,7 +178,7 @@ async def test_an_http_request_its_answer_and_its_refusal() -> None:
         verdict=xds_pb2.L7Record.DENIED,
         time_ns=OFFSET_NS + 6_000_000_000,
         http=xds_pb2.HTTPRecord(
-            method="PUT", url="http://server/secret",
+            method="PUT", url="http://server/secret", code=403,
             headers=[xds_pb2.Header(
                 name="traceparent", value="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
             )],
@@ -203,6 +203,7 @@ async def test_an_http_request_its_answer_and_its_refusal() -> None:
     assert answered.time.ToNanoseconds() - asked.time.ToNanoseconds() == 7_000_000
     assert [by.name for by in answered.ingress_allowed_by] == ["l7"]
     assert refused.verdict == pb.DROPPED
+    assert (refused.l7.type, refused.l7.http.code) == (pb.REQUEST, 403)
     assert [by.name for by in refused.ingress_denied_by] == ["l7"]
     assert refused.trace_context.parent.trace_id == "0af7651916cd43dd8448eb211c80319c"
 
