@@ -122,6 +122,7 @@ def _show(settings: Settings, item: agent_pb2.Endpoint) -> None:
         ("MAC", item.mac),
         ("Interface", f"{item.interface} in {item.netns}"),
         ("Host interface", item.host_interface),
+        ("Ports", " ".join(f"{x.name}={x.port}/{x.protocol}" for x in item.ports) or "-"),
         ("Policy ingress", ingress),
         ("Policy egress", egress),
         (
@@ -135,12 +136,28 @@ def _show(settings: Settings, item: agent_pb2.Endpoint) -> None:
     render.fields(settings, rows)
 
 
+def _named_port(text: str) -> agent_pb2.NamedPort:
+    """name=http,port=80,protocol=TCP"""
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    number = given.get("port", "")
+    if not given.keys() <= {"name", "port", "protocol"} or not given.get("name"):
+        raise CliError(
+            f"{text!r} names no port: write name=http,port=80,protocol=TCP", code=Exit.INVALID
+        )
+    if not number.isascii() or not number.isdigit() or not 0 < int(number) <= 65535:
+        raise CliError(f"{text!r}: port must be a number of 1 to 65535", code=Exit.INVALID)
+    return agent_pb2.NamedPort(
+        name=given["name"], port=int(number), protocol=given.get("protocol", "TCP").upper()
+    )
+
+
 @endpoint.command(
     "add",
     epilog=examples("""
 ip netns add web1 && cilia endpoint add --netns web1 --name web -l app=web
 cilia endpoint add --pid 4242 --name db --namespace shop -l app=db -l tier=data
 cilia endpoint add --netns /run/netns/web1 --name web -l app=web --ipv4 10.217.0.80
+cilia endpoint add --netns web1 --name web -l app=web --port name=http,port=8080
 """),
 )
 @click.option("--name", required=True, help="Name, unique in its namespace.")
@@ -151,6 +168,13 @@ cilia endpoint add --netns /run/netns/web1 --name web -l app=web --ipv4 10.217.0
 @click.option("--interface", default="", help="Interface name in the workload (eth0).")
 @click.option("--ipv4", default="", help="Ask for this address instead of one from the pool.")
 @click.option("--ipv6", default="", help="Ask for this address instead of one from the pool.")
+@click.option(
+    "--port",
+    "ports",
+    multiple=True,
+    metavar="name=NAME,port=PORT[,protocol=TCP]",
+    help="What the workload calls a port, for policies that name ports. Repeatable.",
+)
 @click.option("--no-wait", is_flag=True, help="Return once attached and dropping.")
 @pass_settings
 def add(
@@ -163,6 +187,7 @@ def add(
     interface: str,
     ipv4: str,
     ipv6: str,
+    ports: tuple[str, ...],
     no_wait: bool,
 ) -> None:
     """Put a network namespace under policy.
@@ -182,6 +207,7 @@ def add(
         interface=interface,
         ipv4=ipv4,
         ipv6=ipv6,
+        ports=[_named_port(text) for text in ports],
         no_wait=no_wait,
     )
     if netns is not None:

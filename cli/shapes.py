@@ -119,6 +119,7 @@ def endpoint(item: agent_pb2.Endpoint) -> dict[str, Any]:
             "entries": item.policy_entries,
         },
         "options": dict(sorted(item.options.items())),
+        "ports": [{"name": x.name, "port": x.port, "protocol": x.protocol} for x in item.ports],
         "health": endpoint_health(item.health),
     }
 

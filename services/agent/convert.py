@@ -11,7 +11,8 @@ from cilia.controller import ControllerStatus
 from cilia.errors import InvalidError
 from cilia.identity import NumericIdentity
 from cilia.labels import Labels
-from cilia.policy import Origin, RuleRef, Verdict
+from cilia.policy import PROTO_BY_NAME, PROTO_NAMES, Origin, RuleRef, Verdict
+from cilia.policy.l7 import PortNames
 from cilia.rpc.convert import (
     fault_to_proto,
     identity_to_proto,
@@ -90,6 +91,7 @@ def add_request(message: agent_pb2.AddEndpointRequest) -> AddRequest:
         interface=message.interface or "eth0",
         ipv4=_ipv4(message.ipv4),
         ipv6=_ipv6(message.ipv6),
+        ports=_port_names(message.ports),
         wait=not message.no_wait,
     )
 
@@ -126,7 +128,25 @@ def endpoint_to_proto(
             connected=health.connected,
         ),
         desired_policy_revision=desired,
+        ports=[
+            agent_pb2.NamedPort(name=name, port=port, protocol=PROTO_NAMES[proto])
+            for name, port, proto in endpoint.ports
+        ],
     )
+
+
+def _port_names(ports: Iterable[agent_pb2.NamedPort]) -> PortNames:
+    """Raises RequestInvalid for a protocol that is none; the rest is the domain's."""
+    found = []
+    for port in ports:
+        proto = PROTO_BY_NAME.get((port.protocol or "TCP").upper())
+        if proto is None:
+            raise RequestInvalid(
+                f"port {port.name}: {port.protocol!r} is not a protocol",
+                cure="Use TCP, UDP or SCTP",
+            )
+        found.append((port.name, port.port, proto))
+    return tuple(sorted(found))
 
 
 def log_to_proto(entries: Iterable[LogEntry]) -> agent_pb2.EndpointLog:

@@ -12,6 +12,7 @@ last step failed. No I/O, no kernel, no asyncio here.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ NAMESPACE_LABEL: Final = NAMESPACE_KEY
 CLUSTER_LABEL: Final = CLUSTER_KEY
 MAX_ENDPOINT_ID: Final = 4095
 STATUS_LOG_ENTRIES: Final = 256
+MAX_NAMED_PORTS: Final = 256
+_PORT_NAME: Final = re.compile(r"(?=[0-9-]*[a-z])[a-z0-9](?:[-a-z0-9]*[a-z0-9])?\Z")
 
 
 class EndpointNotFound(NotFoundError):
@@ -219,6 +222,27 @@ class EndpointOptions:
             if (self.audit if self.audit is not None else audit)
             else "Disabled",
         }
+
+
+def check_port_names(ports: PortNames) -> None:
+    """Raises EndpointInvalid for names or ports that are none, or a name given twice."""
+    if len(ports) > MAX_NAMED_PORTS:
+        raise EndpointInvalid(f"{len(ports)} named ports are more than {MAX_NAMED_PORTS}")
+    seen = set()
+    for name, port, proto in ports:
+        # A Kubernetes port name: IANA_SVC_NAME (RFC 6335, section 5.1), in lower case.
+        if len(name) > 15 or not _PORT_NAME.match(name) or "--" in name:
+            raise EndpointInvalid(
+                f"{name!r} cannot be the name of a port",
+                cure="Use at most 15 of a-z, 0-9 and single '-', a letter among them",
+            )
+        if not 0 < port <= 65535:
+            raise EndpointInvalid(f"port {name}: {port} is outside 1 to 65535")
+        if proto not in (6, 17, 132):
+            raise EndpointInvalid(f"port {name}: the protocol must be TCP, UDP or SCTP")
+        if name in seen:
+            raise EndpointInvalid(f"port {name} is given twice")
+        seen.add(name)
 
 
 @dataclass(frozen=True, slots=True, order=True)

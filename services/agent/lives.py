@@ -35,6 +35,7 @@ from cilia.controller import Controller, ControllerSet, describe
 from cilia.errors import DomainError
 from cilia.identity import EndpointID, NumericIdentity, reserved_labels
 from cilia.labels import SOURCE_CIDR, SOURCE_K8S, SOURCE_RESERVED, Label, LabelFilter, Labels
+from cilia.policy.l7 import PortNames
 from cilia.telemetry import fields
 from services.agent import metrics
 from services.agent.clients import IdentityUnavailable
@@ -49,6 +50,7 @@ from services.agent.endpoint import (
     EndpointInvalid,
     EndpointOptions,
     EndpointState,
+    check_port_names,
 )
 from services.agent.endpointtable import Endpoints
 from services.agent.identityalloc import IdentityAllocator
@@ -75,6 +77,7 @@ class AddRequest:
     interface: str
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
+    ports: PortNames = ()
     wait: bool = True
 
 
@@ -191,6 +194,7 @@ class EndpointLives:
                 cure="Use at most 15 characters without blanks, '/' and ':'",
             )
         self._check_labels(request.namespace, request.labels)
+        check_port_names(request.ports)
         inode = await self._wiring.check_netns(request.netns)
         async with AsyncExitStack() as undo:
             endpoint = await self._prepare(request, inode, undo)
@@ -229,6 +233,7 @@ class EndpointLives:
             netns_inode=inode,
             interface=request.interface,
             host_interface=f"cil{number:05d}",
+            ports=request.ports,
             state=EndpointState.CREATING,
         )
         undo.callback(self._regenerate.trigger)  # what was told of it is withdrawn

@@ -25,6 +25,7 @@ from cilia.bpf.ring import RingReader
 from cilia.identity import NumericIdentity
 from cilia.labels import Labels
 from cilia.policy import PROTO_NAMES, RuleRef
+from cilia.policy.l7 import PortNames
 from cilia.rpc.fanout import BoundedFanout, Subscription
 from services.agent import metrics
 from services.agent.calculation import Calculation
@@ -358,6 +359,10 @@ class Decoder:
         except KeyError:
             return None  # its document is gone meanwhile
 
+    def _ports_of(self, party: Party) -> PortNames:
+        endpoint = self._endpoints.table.get(party.ep_id)  # type: ignore[arg-type]  # 0 is none
+        return endpoint.ports if endpoint is not None else ()
+
     def _explain(
         self, egress: bool, source: Party, destination: Party, proto: int, port: int
     ) -> tuple[tuple[RuleRef, ...], str]:
@@ -374,6 +379,8 @@ class Decoder:
                 proto,
                 port,
                 mode=key.mode if key is not None else None,
+                named_ports=() if egress or endpoint is None else endpoint.ports,
+                peer_ports=self._ports_of(peer) if egress else (),
             )
         except (KeyError, ValueError):
             return (), ""

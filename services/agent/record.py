@@ -16,6 +16,7 @@ from typing import Any
 from cilia import statefile
 from cilia.identity import EndpointID, NumericIdentity
 from cilia.labels import LabelError, Labels
+from cilia.policy.l7 import port_names
 from services.agent.endpoint import MAX_ENDPOINT_ID, Endpoint, EndpointOptions, EndpointState
 
 _VERSION = 1
@@ -83,6 +84,7 @@ def to_json(endpoint: Endpoint, *, creating: bool) -> dict[str, Any]:
         "node_mac": endpoint.node_mac.hex(":"),
         "enforcement": endpoint.options.enforcement,
         "audit": endpoint.options.audit,
+        "ports": [list(port) for port in endpoint.ports],
     }
 
 
@@ -111,5 +113,9 @@ def from_json(content: Any) -> tuple[Endpoint, bool]:
         mac=bytes.fromhex(content["mac"].replace(":", "")),
         node_mac=bytes.fromhex(content["node_mac"].replace(":", "")),
         options=EndpointOptions(content["enforcement"], content["audit"]),
+        # Records of before there were named ports have none.
+        ports=port_names(
+            tuple((str(n), int(port), int(proto)) for n, port, proto in content.get("ports", ()))
+        ),
     )
     return replace(endpoint, state=EndpointState.RESTORING), bool(content["creating"])

@@ -17,6 +17,7 @@ from cilia.bpf import constants as k
 from cilia.bpf import probe
 from cilia.labels import Labels
 from cilia.policy import PROTO_BY_NAME
+from cilia.policy.l7 import PortNames
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from services.agent import convert
 from services.agent.calculation import Calculation
@@ -253,12 +254,24 @@ class PolicyServer(agent_pb2_grpc.PolicyServiceServicer):
             )
         if request.port > 65535:
             raise convert.RequestInvalid(f"port {request.port} is outside 0 to 65535")
-        trace = self._calculation.engine.trace(source, destination, protocol, request.port)
+        trace = self._calculation.engine.trace(
+            source,
+            destination,
+            protocol,
+            request.port,
+            dst_ports=self._ports_of(request.destination),
+        )
         return agent_pb2.TraceResponse(
             allowed=trace.allowed,
             egress=convert.verdict_to_proto(trace.egress),
             ingress=convert.verdict_to_proto(trace.ingress),
         )
+
+    def _ports_of(self, subject: agent_pb2.Subject) -> PortNames:
+        """What an endpoint of this node calls its ports."""
+        if subject.WhichOneof("subject") != "endpoint":
+            return ()
+        return _find(self._endpoints, subject.endpoint).ports
 
     def _subject(self, subject: agent_pb2.Subject, which: str) -> Labels:
         match subject.WhichOneof("subject"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
@@ -123,3 +124,60 @@ def test_a_host_whose_firewall_drops_what_it_does_not_know(node: AgentNode, need
         node.inside("node", "nft", "list", "tables"), capture_output=True, text=True, check=True
     )
     assert tables.stdout.split() == ["table", "inet", "firewall"]
+
+
+NAMED = """
+- endpointSelector: {matchLabels: {app: server}}
+  ingress: [{toPorts: [{ports: [{port: web, protocol: TCP}]}]}]
+- endpointSelector: {matchLabels: {app: client}}
+  egress: [{toPorts: [{ports: [{port: web}]}]}]
+"""
+
+
+def policy_rows(node: AgentNode, name: str) -> set[tuple[str, int, int]]:
+    """(direction, identity, port) of the rows that the kernel has for an endpoint's ports."""
+    request = pb.DumpPolicyRequest(ref=pb.EndpointRef(name=name))
+    return {
+        (row.direction, row.identity, row.port)
+        for reply in node.datapath.DumpPolicy(request, timeout=10)
+        for row in reply.rows
+        if row.port
+    }
+
+
+def test_ports_by_name_are_the_destinations_own(node: AgentNode) -> None:
+    """Also after a restart, and in the kernel's rows of both ends."""
+    node.start("agent")
+    ports = [pb.NamedPort(name="web", port=8080, protocol="TCP")]
+    server = node.workload("server", "app=server", ports=ports)
+    node.workload("other", "app=server", "color=blue")
+    client = node.workload("client", "app=client")
+    assert [(x.name, x.port, x.protocol) for x in server.ports] == [("web", 8080, "TCP")]
+    node.apply(NAMED)
+
+    def check() -> None:
+        assert policy_rows(node, "server") == {("ingress", 0, 8080)}
+        assert policy_rows(node, "other") == set()
+        wanted = {("egress", server.identity, 8080)}
+        eventually(
+            lambda: policy_rows(node, "client") == wanted,
+            within_s=5,
+            what="the client may go to the server's port",
+        )
+
+    check()
+    source, destination = (
+        pb.Subject(endpoint=pb.EndpointRef(name=name)) for name in ("client", "server")
+    )
+    for port, allowed in ((8080, True), (8081, False)):
+        trace = node.policy.Trace(
+            pb.TraceRequest(source=source, destination=destination, port=port, protocol="TCP"),
+            timeout=10,
+        )
+        assert trace.allowed is allowed
+    node.stop("agent", signal.SIGKILL)
+    node.start("agent")
+    check()
+    assert client.identity
+    with pytest.raises(grpc.RpcError, match="outside 1 to 65535"):
+        node.workload("bad", "app=bad", ports=[pb.NamedPort(name="web")])

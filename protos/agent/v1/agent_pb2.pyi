@@ -64,6 +64,7 @@ class AddEndpointRequest(_message.Message):
     IPV4_FIELD_NUMBER: _builtins.int
     IPV6_FIELD_NUMBER: _builtins.int
     NO_WAIT_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     namespace: _builtins.str
     """empty: default"""
@@ -78,6 +79,10 @@ class AddEndpointRequest(_message.Message):
     no_wait: _builtins.bool
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Label]: ...
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPort]:
+        """for rules that name ports"""
+
     def __init__(
         self,
         *,
@@ -90,16 +95,45 @@ class AddEndpointRequest(_message.Message):
         ipv4: _builtins.str = ...,
         ipv6: _builtins.str = ...,
         no_wait: _builtins.bool = ...,
+        ports: _abc.Iterable[Global___NamedPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns", "netns_path", b"netns_path", "pid", b"pid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "name", b"name", "namespace", b"namespace", "netns", b"netns", "netns_path", b"netns_path", "no_wait", b"no_wait", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "name", b"name", "namespace", b"namespace", "netns", b"netns", "netns_path", b"netns_path", "no_wait", b"no_wait", "pid", b"pid", "ports", b"ports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_netns: _TypeAlias = _typing.Literal["netns_path", "pid"]  # noqa: Y015
     _WhichOneofArgType_netns: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_netns) -> _WhichOneofReturnType_netns | None: ...
 
 Global___AddEndpointRequest: _TypeAlias = AddEndpointRequest  # noqa: Y015
+
+@_typing.final
+class NamedPort(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """a DNS label of at most 15 characters, lower case"""
+    port: _builtins.int
+    """1 to 65535"""
+    protocol: _builtins.str
+    """TCP, UDP or SCTP; empty: TCP"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        port: _builtins.int = ...,
+        protocol: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "port", b"port", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamedPort: _TypeAlias = NamedPort  # noqa: Y015
 
 @_typing.final
 class Endpoint(_message.Message):
@@ -147,6 +181,7 @@ class Endpoint(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     DESIRED_POLICY_REVISION_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     name: _builtins.str
     namespace: _builtins.str
@@ -180,6 +215,8 @@ class Endpoint(_message.Message):
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def health(self) -> Global___EndpointHealth: ...
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPort]: ...
     def __init__(
         self,
         *,
@@ -205,10 +242,11 @@ class Endpoint(_message.Message):
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         health: Global___EndpointHealth | None = ...,
         desired_policy_revision: _builtins.int = ...,
+        ports: _abc.Iterable[Global___NamedPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_policy_revision", b"desired_policy_revision", "egress_enforced", b"egress_enforced", "health", b"health", "host_interface", b"host_interface", "id", b"id", "identity", b"identity", "identity_labels", b"identity_labels", "ingress_enforced", b"ingress_enforced", "interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "mac", b"mac", "message", b"message", "name", b"name", "namespace", b"namespace", "netns", b"netns", "options", b"options", "policy_entries", b"policy_entries", "policy_revision", b"policy_revision", "policy_slot", b"policy_slot", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_policy_revision", b"desired_policy_revision", "egress_enforced", b"egress_enforced", "health", b"health", "host_interface", b"host_interface", "id", b"id", "identity", b"identity", "identity_labels", b"identity_labels", "ingress_enforced", b"ingress_enforced", "interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "mac", b"mac", "message", b"message", "name", b"name", "namespace", b"namespace", "netns", b"netns", "options", b"options", "policy_entries", b"policy_entries", "policy_revision", b"policy_revision", "policy_slot", b"policy_slot", "ports", b"ports", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,7 @@ from services.agent.endpoint import (
     EndpointNotFound,
     EndpointOptions,
     EndpointState,
+    check_port_names,
     may_move,
 )
 from services.agent.endpointtable import Endpoints
@@ -137,10 +138,44 @@ def test_options() -> None:
             options.merged(bad)
 
 
+@pytest.mark.parametrize(
+    "ports",
+    [
+        [("HTTP", 80, 6)],
+        [("-http", 80, 6)],
+        [("80", 80, 6)],
+        [("a--b", 80, 6)],
+        [("sixteen-letters-", 80, 6)],
+        [("", 80, 6)],
+        [("http", 0, 6)],
+        [("http", 65536, 6)],
+        [("http", 80, 1)],
+        [("http", 80, 6), ("http", 81, 6)],
+        [(f"p{n}", 80, 6) for n in range(257)],
+    ],
+)
+def test_port_names_that_are_none(ports: list[tuple[str, int, int]]) -> None:
+    with pytest.raises(EndpointInvalid):
+        check_port_names(tuple(ports))
+    check_port_names((("http", 80, 6), ("8a", 1, 17), ("a-b-c", 65535, 132)))
+
+
+def test_records_of_before_there_were_port_names(tmp_path: Path) -> None:
+    records = EndpointRecords(tmp_path)
+    records.prepare()
+    records.save(endpoint())
+    content = json.loads((tmp_path / "1.json").read_text())
+    del content["ports"]
+    (tmp_path / "1.json").write_text(json.dumps(content))
+    ((restored, _),) = records.load()
+    assert restored.ports == ()
+    assert records.damaged == []
+
+
 def test_record_round_trip_and_a_damaged_one_is_kept_aside(tmp_path: Path) -> None:
     records = EndpointRecords(tmp_path)
     records.prepare()
-    saved = endpoint(options=EndpointOptions("always", True))
+    saved = endpoint(options=EndpointOptions("always", True), ports=(("http", 80, 6),))
     records.save(saved)
     records.save(endpoint(2, "b"), creating=True)
     (tmp_path / "3.json").write_text('{"version": 1, "id": ')
@@ -151,7 +186,8 @@ def test_record_round_trip_and_a_damaged_one_is_kept_aside(tmp_path: Path) -> No
     restored, creating = found["a"]
     assert not creating
     assert restored.state is S.RESTORING
-    for name in ("labels", "identity_labels", "identity", "ipv4", "ipv6", "mac", "options"):
+    kept = ("ports", "labels", "identity_labels", "identity", "ipv4", "ipv6", "mac", "options")
+    for name in kept:
         assert getattr(restored, name) == getattr(saved, name)
     assert len(records.damaged) == 2
     assert (tmp_path / "3.json.damaged-1").exists()
