@@ -68,7 +68,11 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
     )
     access_log = AccessLog(capacity=config.log_capacity)
     controllers = ControllerSet()
-    discovery = DiscoveryServer(hub=hub, transport="unix")
+    # An Envoy that was started elsewhere comes to the socket of everybody.
+    own_node = NodeID(config.proxy_node) if config.redirects else None
+    discovery = DiscoveryServer(
+        hub=hub, transport="unix", reserved=own_node if config.launch_proxy else None
+    )
     local: list[Callable[[grpc.aio.Server], None]] = [discovery.register]
 
     directory = None
@@ -140,7 +144,7 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
     lifecycle.on_stopping(access_log.close)
     lifecycle.on_stopping(discovery.close)
     if credentials is not None:
-        remote = DiscoveryServer(hub=hub, transport="tcp")
+        remote = DiscoveryServer(hub=hub, transport="tcp", reserved=own_node)
         tls_server = TlsServer(
             address=config.tls_address,
             credentials=credentials,

@@ -102,7 +102,8 @@ class EdgeLimits:
 
 
 class DiscoveryServer:
-    """The discovery services, for one transport. `node` set: every client there is that node's."""
+    """The discovery services, for one transport. `node` set: every client there is that node's.
+    `reserved`: a node that nobody else may be, for what it accepts is believed to be enforced."""
 
     def __init__(
         self,
@@ -110,11 +111,13 @@ class DiscoveryServer:
         hub: Hub,
         transport: str,
         node: NodeID | None = None,
+        reserved: NodeID | None = None,
         limits: EdgeLimits | None = None,
     ) -> None:
         self._hub = hub
         self._transport = transport
         self._node = node
+        self._reserved = reserved
         self._limits = limits or EdgeLimits()
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._closing = asyncio.Event()
@@ -280,6 +283,11 @@ class DiscoveryServer:
             )
         else:
             known = claimed
+        if known == self._reserved:
+            raise ClientDenied(
+                f"the node {known} is the proxy of this service",
+                cure="Give the client another node id, or the service another --proxy-node",
+            )
         version = node.user_agent_version
         if node.HasField("user_agent_build_version"):
             number = node.user_agent_build_version.version

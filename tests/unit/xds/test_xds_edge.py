@@ -158,6 +158,17 @@ async def test_what_no_client_says_ends_its_stream(
         assert not made.hub.streams
 
 
+async def test_nobody_else_is_the_proxy(tmp_path: Path) -> None:
+    """What it accepts is believed to be enforced."""
+    async with edge(tmp_path) as made:
+        made.discovery._reserved = NodeID("proxy")
+        call = made.stream()
+        await call.write(request("proxy"))
+        code, details = await ended(call)
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert "is the proxy" in details
+
+
 async def test_streams_are_bounded_by_node_and_in_all(tmp_path: Path) -> None:
     async with edge(tmp_path) as made:
         calls = []
