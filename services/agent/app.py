@@ -64,7 +64,7 @@ from services.agent.hostpolicy import (
 )
 from services.agent.identityalloc import CidrIdentities, IdentityAllocator
 from services.agent.ipam import Ipam
-from services.agent.kernelaudit import KernelAudit
+from services.agent.kernelaudit import BUDGET_S, KernelAudit
 from services.agent.l7 import L7Log
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
@@ -349,7 +349,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         device_reconciler.trigger_resync()
         await attach_reconciler.flush()
         await device_reconciler.flush()
-        await kernel_audit.compare()
+        await kernel_audit.compare(budget_s=BUDGET_S)
         await kernel_audit.try_audit()
         regenerate.trigger()
 

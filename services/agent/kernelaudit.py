@@ -53,6 +53,8 @@ _SLICE: Final = AUDIT_CELLS
 _KEPT: Final = 50  # drifts shown
 _RECENT_S: Final = 600.0  # how long the status speaks of what was repaired
 _HEARD_S: Final = 3.0
+_BREATH_S: Final = 0.005  # between costly looks
+BUDGET_S: Final = 0.25  # of costly looks, by the background
 _TRIED: Final = 512  # cells of a policy, in search of one that is denied
 
 State = Literal["Ok", "Warning", "Failure"]
@@ -186,24 +188,29 @@ class KernelAudit:
         self.last_drift: Drift | None = None
         self.last_drift_s = 0.0
         self.unrepaired = 0
+        self._last_slot = 0  # that took of a budget
         self.selftest = SelfTest()
 
     # ---- maps
 
-    async def compare(self) -> Report:
-        """Read every map again, and repair what is not as it was written."""
-        async with asyncio.timeout(300):
-            return await self._compare()
+    async def compare(self, *, budget_s: float | None = None) -> Report:
+        """Read every map again, and repair what is not as it was written.
 
-    async def _compare(self) -> Report:
+        To make the rows of a policy that changed since the last look takes time, of which no more
+        than the budget is taken: the others have their turn at later looks.
+        """
+        async with asyncio.timeout(300):
+            return await self._compare(budget_s)
+
+    async def _compare(self, budget_s: float | None) -> Report:
         started = time.monotonic()
         report = Report()
-        await self._look(report)
+        await self._look(report, budget_s)
         if report.drifted:
             self._tell(report)
             await self._repair()
             again = Report()
-            await self._look(again)
+            await self._look(again, None)
             report.repaired = not again.drifted
         self.unrepaired = 0 if report.repaired or not report.drifted else report.drifted
         metrics.KERNEL_DRIFT.set(self.unrepaired)
@@ -211,14 +218,24 @@ class KernelAudit:
         self.last_compare = report
         return report
 
-    async def _look(self, report: Report) -> None:
+    async def _look(self, report: Report, budget_s: float | None) -> None:
         regeneration = self._regeneration
         policymap = regeneration.policymap
         slots = sorted({*policymap.maps.slots(), *await policymap.strays()})
-        for slot in slots:
+        # Round and round, so that what always changes has its turn, too.
+        for slot in sorted(slots, key=lambda slot: (slot <= self._last_slot, slot)):
+            costly = not policymap.maps.is_summed(slot)
+            if costly and budget_s is not None:
+                if budget_s <= 0:
+                    continue
+                await asyncio.sleep(_BREATH_S)
+            began = time.monotonic()
             async with regeneration.quiet:
                 report.add(await policymap.reread([slot]))
             report.policies += 1
+            if costly and budget_s is not None:
+                budget_s -= time.monotonic() - began
+                self._last_slot = slot
         report.rows += sum(row.size for row in regeneration.policies)
         report.add(await regeneration.ipcache.reread())
         report.rows += regeneration.ipcache.size

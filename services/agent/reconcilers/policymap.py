@@ -183,6 +183,11 @@ class PolicyMaps:
     def slots(self) -> frozenset[int]:
         return frozenset(self._actual)
 
+    def is_summed(self, slot: int) -> bool:
+        """Whether it is known what the slot's rows come to, so that rereading it is cheap."""
+        actual = self._actual.get(slot)
+        return actual is None or bool(actual.digest)
+
     def strays(self) -> list[int]:
         """Slots in which programs would find something, and nothing was written."""
         slots, metas = self._meta.items_np(U32, POLICY_META)
