@@ -5,7 +5,7 @@ With `--policies` nothing is asked of any service, and gRPC is not even imported
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,8 +13,17 @@ from typing import Any, Final, Literal
 
 from cilia.identity import HOST, reserved_labels
 from cilia.labels import Label, Labels
-from cilia.policy import Document, DocumentError, Origin, RuleRef, document_from_parts
+from cilia.policy import (
+    PROTO_BY_NAME,
+    Document,
+    DocumentError,
+    Origin,
+    RuleRef,
+    document_from_parts,
+)
 from cilia.policy.questions.inventory import (
+    DEFAULT_CLUSTER,
+    EndpointPort,
     Inventory,
     InventoryEndpoint,
     InventoryError,
@@ -38,6 +47,10 @@ class Asked:
     inventory: Inventory
     mode: Mode
     live: bool
+    # What verdicts depend on besides; of files, whoever would be needed is taken to be there.
+    parsers: tuple[str, ...] | None = None
+    allow_localhost: bool = True
+    cluster: str = DEFAULT_CLUSTER
     texts: Mapping[str, str] = field(default_factory=dict)  # of the documents' files, by name
 
     def about(self, inventory: Inventory) -> Asked:
@@ -46,7 +59,19 @@ class Asked:
 
     def scene(self) -> Scene:
         """An engine with all of it."""
-        return Scene(self.documents, self.inventory, mode=self.mode)
+        return self.make(self.documents, self.inventory)
+
+    def make(self, documents: Iterable[Document], inventory: Inventory, **more: Any) -> Scene:
+        """A scene with these settings and other documents."""
+        return Scene(
+            documents,
+            inventory,
+            mode=self.mode,
+            allow_localhost=self.allow_localhost,
+            cluster_name=self.cluster,
+            parsers=self.parsers,
+            **more,
+        )
 
 
 def load(
@@ -78,7 +103,10 @@ def load(
     asked = _live(settings)
     if endpoints is not None:
         asked = replace(asked, inventory=read_inventory(endpoints))
-    return replace(asked, mode=mode) if mode else asked
+    if mode is None:
+        return asked
+    alike = tuple(replace(x, mode=None) for x in asked.inventory.endpoints)
+    return replace(asked, mode=mode, inventory=replace(asked.inventory, endpoints=alike))
 
 
 def read_documents(paths: Sequence[str], namespace: str = "default") -> tuple[Document, ...]:
@@ -126,13 +154,13 @@ def _live(settings: Settings) -> Asked:
 
     async def fetch(
         agent: clients.Agent,
-    ) -> tuple[list[identity_pb2.Policy], list[agent_pb2.Endpoint], str]:
+    ) -> tuple[list[identity_pb2.Policy], list[agent_pb2.Endpoint], agent_pb2.StatusResponse]:
         policies = await agent.policy.Get(agent_pb2.GetPoliciesRequest(), timeout=agent.timeout_s)
         found = await agent.endpoint.List(agent_pb2.ListEndpointsRequest(), timeout=agent.timeout_s)
         status = await agent.status.Status(agent_pb2.StatusRequest(), timeout=agent.timeout_s)
-        return list(policies.policies), list(found.endpoints), status.enforcement_mode
+        return list(policies.policies), list(found.endpoints), status
 
-    items, endpoints, mode = clients.agent(settings, fetch)
+    items, endpoints, status = clients.agent(settings, fetch)
     try:
         stored = tuple(
             document_from_parts(
@@ -165,12 +193,31 @@ def _live(settings: Settings) -> Asked:
                     Label(y.source, y.key, y.value) for y in (x.identity_labels or x.labels)
                 ),
                 ips=tuple(ip_address(y) for y in (x.ipv4, x.ipv6) if y),
+                ports=tuple(
+                    EndpointPort(y.name, y.port, PROTO_BY_NAME[y.protocol.upper() or "TCP"])
+                    for y in x.ports
+                ),
+                mode=MODES.get(x.options.get("PolicyEnforcement", "")),
             )
             for x in known
         ),
-        host=reserved_labels(HOST),
+        host=Labels(
+            (
+                *reserved_labels(HOST),
+                *(Label(y.source, y.key, y.value) for y in status.policy.node_labels),
+            )
+        ),
     )
-    return Asked(stored, inventory, MODES.get(mode, "default"), live=True, texts=_files_of(stored))
+    return Asked(
+        stored,
+        inventory,
+        MODES.get(status.enforcement_mode, "default"),
+        live=True,
+        parsers=tuple(status.policy.l7_parsers),
+        allow_localhost=status.policy.allow_localhost,
+        cluster=status.policy.cluster or DEFAULT_CLUSTER,
+        texts=_files_of(stored),
+    )
 
 
 def _files_of(stored: Sequence[Document]) -> dict[str, str]:

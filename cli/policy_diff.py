@@ -54,7 +54,8 @@ def diff(
     other = asked.read_documents([after], namespace)
     inventory, origin = _inventory(endpoints, (*one, *other))
     mode = asked.MODES.get(enforcement or "", "default")
-    _answer(settings, Difference(one, other, inventory, mode=mode), inventory, origin, None)
+    about = asked.Asked(one, inventory, mode, live=False)
+    _answer(settings, Difference(one, other, inventory, make=about.make), inventory, origin, None)
 
 
 @click.command(
@@ -109,7 +110,7 @@ def whatif(
     inventory, origin = now.inventory, "live" if now.live else "given"
     if not now.live and endpoints is None:
         inventory, origin = _inventory(None, (*now.documents, *new))
-    found = Difference(now.documents, after, inventory, mode=now.mode)
+    found = Difference(now.documents, after, inventory, make=now.make)
     recorded = _recorded(found, flows) if flows is not None else None
     _answer(settings, found, inventory, origin, recorded)
 

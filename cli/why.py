@@ -102,7 +102,7 @@ def why(
     answer = ask(scene, question)
     proposal = None
     if not answer.allowed:
-        proposal = propose(about.documents, about.texts, about.inventory, question, mode=about.mode)
+        proposal = propose(about.documents, about.texts, about.inventory, question, make=about.make)
     if write_edit is not None and proposal is not None:
         _write(write_edit, proposal)
     misses = {x.egress: near_misses(scene, question, x.egress) for x in answer.denials}

@@ -533,6 +533,7 @@ def pool_to_proto(pool: PoolStatus) -> agent_pb2.IpamStatus:
 def status_to_proto(
     status: NodeStatus,
     *,
+    policy: agent_pb2.PolicySettings,
     node: str,
     version: str,
     attach_mode: str,
@@ -572,6 +573,7 @@ def status_to_proto(
         started_ns=started_ns,
         events_lost=status.events_lost,
         devices=status.devices,
+        policy=policy,
     )
 
 

@@ -18,6 +18,7 @@ from cilia.bpf import probe
 from cilia.labels import Labels
 from cilia.policy import PROTO_BY_NAME
 from cilia.policy.l7 import PortNames
+from cilia.rpc.convert import labels_to_proto
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from services.agent import convert
 from services.agent.calculation import Calculation
@@ -28,10 +29,12 @@ from services.agent.dumps import CHUNK_ROWS, Dumps
 from services.agent.endpoint import Endpoint
 from services.agent.endpointtable import Endpoints
 from services.agent.eventmeta import EventMeaning
+from services.agent.hostpolicy import node_labels
 from services.agent.kernelaudit import KernelAudit
 from services.agent.lives import EndpointLives
 from services.agent.monitor import Decoder, Monitor
 from services.agent.policydocs import PolicyDocuments
+from services.agent.proxy import ENFORCED
 from services.agent.regeneration import Regeneration
 from services.agent.status import Status
 
@@ -495,8 +498,15 @@ class StatusServer(agent_pb2_grpc.StatusServiceServicer):
     async def Status(
         self, request: agent_pb2.StatusRequest, context: Context
     ) -> agent_pb2.StatusResponse:
+        config = self._config
         return convert.status_to_proto(
             self._status.look(tables=request.tables),
+            policy=agent_pb2.PolicySettings(
+                l7_parsers=sorted(ENFORCED),
+                allow_localhost=config.allow_localhost == "always",
+                cluster=config.cluster,
+                node_labels=labels_to_proto(node_labels(config.node_labels)),
+            ),
             node=self._config.node,
             version=_version(),
             attach_mode=self._attach_mode,

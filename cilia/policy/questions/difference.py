@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal
 
 from cilia.policy.api import PROTO_ICMP, PROTO_ICMPV6, PROTO_NAMES, Document
-from cilia.policy.engine import Mode
 from cilia.policy.questions import ports
 from cilia.policy.questions.inventory import Inventory
 from cilia.policy.questions.matrix import (
@@ -70,15 +69,15 @@ class Difference:
         after: Iterable[Document],
         inventory: Inventory,
         *,
-        mode: Mode = "default",
+        make: Callable[..., Scene] = Scene,
     ) -> None:
+        """`make` makes a scene, as Scene does, with the settings that verdicts depend on."""
         both = tuple(before), tuple(after)
         # Parties must be the same in both scenes, so each tells apart what either does.
         entities = named_entities(x for documents in both for x in documents)
-        bare = [Scene(x, Inventory(), mode=mode).engine.cidr_prefixes() for x in both]
+        bare = [Scene(x, Inventory()).engine.cidr_prefixes() for x in both]
         self.before, self.after = (
-            Scene(x, inventory, mode=mode, prefixes=bare[0] | bare[1], entities=entities)
-            for x in both
+            make(x, inventory, prefixes=bare[0] | bare[1], entities=entities) for x in both
         )
         self.cells: Final[dict[tuple[Name, Name], ChangedCell]] = {}
         self._memo: Final[dict[tuple[int, int], ChangedCell]] = {}

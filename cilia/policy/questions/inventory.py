@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from cilia.identity import HOST, reserved_labels
 from cilia.labels import (
@@ -69,6 +69,7 @@ class InventoryEndpoint:
     labels: Labels
     ips: tuple[Address, ...] = ()
     ports: tuple[EndpointPort, ...] = ()
+    mode: Literal["default", "always", "never"] | None = None  # its own; None: that of all
 
     @property
     def ref(self) -> str:

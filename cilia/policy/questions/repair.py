@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -123,17 +123,17 @@ class _State:
     documents: tuple[Document, ...]
     texts: Mapping[str, str]
     inventory: Inventory
-    mode: Any
+    make: Callable[[tuple[Document, ...], Inventory], Scene]
 
     def scene(self) -> Scene:
-        return Scene(self.documents, self.inventory, mode=self.mode)
+        return self.make(self.documents, self.inventory)
 
 
 def place(scene: Scene, end: End) -> End:
     """The same end in another scene."""
     party = end.party
     if party.kind == "endpoint":
-        return replace(end, party=scene.guest(party.labels, party.ports))
+        return replace(end, party=scene.guest(party.labels, party.ports, party.mode))
     if party.kind == "entity":
         known = scene.entity(party.entity)
         assert known is not None
@@ -148,12 +148,13 @@ def propose(
     inventory: Inventory,
     question: Question,
     *,
-    mode: Any = "default",
+    make: Callable[[tuple[Document, ...], Inventory], Scene] = Scene,
 ) -> Proposal | None:
     """Find the edit. `texts` holds what documents were read from, by their source; a document whose
-    text is not there is written anew from what is stored of it. None: no edit was found.
+    text is not there is written anew from what is stored of it. `make` makes a scene, with the
+    settings that verdicts depend on. None: no edit was found.
     """
-    state = _State(tuple(documents), dict(texts), inventory, mode)
+    state = _State(tuple(documents), dict(texts), inventory, make)
     first = state
     steps: list[Step] = []
     also: dict[str, None] = {}

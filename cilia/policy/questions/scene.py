@@ -29,6 +29,7 @@ from cilia.policy.l7 import ALL_PARSERS
 from cilia.policy.mapstate import Block, MapState
 from cilia.policy.questions import ports
 from cilia.policy.questions.inventory import (
+    DEFAULT_CLUSTER,
     EndpointPort,
     Inventory,
     InventoryEndpoint,
@@ -58,6 +59,7 @@ class Party:
     labels: Labels
     members: tuple[InventoryEndpoint, ...] = ()
     ports: tuple[EndpointPort, ...] = ()
+    mode: Mode | None = None  # None: the scene's
     entity: str = ""
     prefix: Network | None = None
 
@@ -85,22 +87,27 @@ class Scene:
         *,
         mode: Mode = "default",
         allow_localhost: bool = True,
+        cluster_name: str = DEFAULT_CLUSTER,
+        parsers: Iterable[str] | None = None,
         prefixes: Iterable[Network] = (),
         entities: Iterable[str] = (),
     ) -> None:
-        """`prefixes` and `entities` are told apart beside those that the documents name."""
+        """`parsers` are those whose L7 rules somebody enforces; None: whoever would be needed is
+        taken to be there. `prefixes` and `entities` are told apart beside those that the documents
+        name.
+        """
         self.inventory: Final = inventory
         documents = tuple(documents)
-        parsers = {
-            port.l7.parser
-            for document in documents
-            for rule in document.rules
-            for element in rule.elements
-            for port in element.ports or ()
-            if port.l7 is not None
-        }
-        # Whoever would enforce L7 rules is taken to be there.
-        self.engine: Final = PolicyEngine(mode, allow_localhost, enforcers=ALL_PARSERS | parsers)
+        if parsers is None:
+            parsers = ALL_PARSERS | {
+                port.l7.parser
+                for document in documents
+                for rule in document.rules
+                for element in rule.elements
+                for port in element.ports or ()
+                if port.l7 is not None
+            }
+        self.engine: Final = PolicyEngine(mode, allow_localhost, cluster_name, enforcers=parsers)
         self.engine.set_documents(documents)
         self.endpoints: Final = self._grouped()
         self.host: Final = Party("entity", HOST, inventory.host, entity="host")
@@ -135,13 +142,15 @@ class Scene:
         self._cells: Final[dict[Cell, Cell]] = {CLOSED: CLOSED}
 
     def _grouped(self) -> tuple[Party, ...]:
-        groups: dict[tuple[Labels, tuple[EndpointPort, ...]], list[InventoryEndpoint]] = {}
+        groups: dict[
+            tuple[Labels, tuple[EndpointPort, ...], Mode | None], list[InventoryEndpoint]
+        ] = {}
         for endpoint in self.inventory.endpoints:
             named = tuple(sorted({x for x in endpoint.ports if x.name}))
-            groups.setdefault((endpoint.labels, named), []).append(endpoint)
+            groups.setdefault((endpoint.labels, named, endpoint.mode), []).append(endpoint)
         return tuple(
-            Party("endpoint", _FIRST_ENDPOINT + i, labels, tuple(members), named)
-            for i, ((labels, named), members) in enumerate(groups.items())
+            Party("endpoint", _FIRST_ENDPOINT + i, labels, tuple(members), named, mode)
+            for i, ((labels, named, mode), members) in enumerate(groups.items())
         )
 
     # ---- who is asked about
@@ -173,10 +182,16 @@ class Scene:
         )
         return max(inside, key=lambda x: x.prefix.prefixlen if x.prefix is not None else 0)
 
-    def guest(self, labels: Labels, named: tuple[EndpointPort, ...] = ()) -> Party:
+    def guest(
+        self, labels: Labels, named: tuple[EndpointPort, ...] = (), mode: Mode | None = None
+    ) -> Party:
         """A party known by its labels only, of the inventory if somebody there has just these."""
         for party in (*self.endpoints, *self.entities):
-            if party.labels == labels and (party.ports == named or not named):
+            if (
+                party.labels == labels
+                and (party.ports == named or not named)
+                and (party.mode == mode or not mode)
+            ):
                 return party
         found = self._guests.get((labels, named))
         if found is None:
@@ -216,7 +231,9 @@ class Scene:
         if party.identity not in self._policies:
             judged = party.kind != "prefix" and self.engine.judges(party.labels)
             self._policies[party.identity] = (
-                self.engine.resolve(party.labels, named_ports=port_names(party.ports))
+                self.engine.resolve(
+                    party.labels, mode=party.mode, named_ports=port_names(party.ports)
+                )
                 if judged
                 else None
             )

@@ -1903,6 +1903,7 @@ class StatusResponse(_message.Message):
     STARTED_NS_FIELD_NUMBER: _builtins.int
     EVENTS_LOST_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """Ok, Warning, Failure"""
     message: _builtins.str
@@ -1930,6 +1931,8 @@ class StatusResponse(_message.Message):
     def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___Table]: ...
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def policy(self) -> Global___PolicySettings: ...
     def __init__(
         self,
         *,
@@ -1952,14 +1955,52 @@ class StatusResponse(_message.Message):
         started_ns: _builtins.int = ...,
         events_lost: _builtins.int = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
+        policy: Global___PolicySettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ipv4", b"ipv4", "ipv6", b"ipv6"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ipv4", b"ipv4", "ipv6", b"ipv6", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_mode", b"attach_mode", "components", b"components", "controllers", b"controllers", "devices", b"devices", "endpoint_states", b"endpoint_states", "enforcement_mode", b"enforcement_mode", "events_lost", b"events_lost", "identities", b"identities", "ipv4", b"ipv4", "ipv6", b"ipv6", "message", b"message", "node", b"node", "policies", b"policies", "policy_revision", b"policy_revision", "realised_revision", b"realised_revision", "started_ns", b"started_ns", "state", b"state", "tables", b"tables", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach_mode", b"attach_mode", "components", b"components", "controllers", b"controllers", "devices", b"devices", "endpoint_states", b"endpoint_states", "enforcement_mode", b"enforcement_mode", "events_lost", b"events_lost", "identities", b"identities", "ipv4", b"ipv4", "ipv6", b"ipv6", "message", b"message", "node", b"node", "policies", b"policies", "policy", b"policy", "policy_revision", b"policy_revision", "realised_revision", b"realised_revision", "started_ns", b"started_ns", "state", b"state", "tables", b"tables", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class PolicySettings(_message.Message):
+    """of this node, on which verdicts depend besides policies"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    L7_PARSERS_FIELD_NUMBER: _builtins.int
+    ALLOW_LOCALHOST_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    NODE_LABELS_FIELD_NUMBER: _builtins.int
+    allow_localhost: _builtins.bool
+    """the node may always reach its endpoints"""
+    cluster: _builtins.str
+    @_builtins.property
+    def l7_parsers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """whose rules somebody enforces; others allow nothing"""
+
+    @_builtins.property
+    def node_labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Label]:
+        """by which nodeSelectors know the node"""
+
+    def __init__(
+        self,
+        *,
+        l7_parsers: _abc.Iterable[_builtins.str] | None = ...,
+        allow_localhost: _builtins.bool = ...,
+        cluster: _builtins.str = ...,
+        node_labels: _abc.Iterable[_common_pb2.Label] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_localhost", b"allow_localhost", "cluster", b"cluster", "l7_parsers", b"l7_parsers", "node_labels", b"node_labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicySettings: _TypeAlias = PolicySettings  # noqa: Y015
 
 @_typing.final
 class Component(_message.Message):

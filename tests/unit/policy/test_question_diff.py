@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -53,7 +54,7 @@ def inventory(text: str = ENDPOINTS) -> Inventory:
 
 
 def flips(before: Any, after: Any, **options: Any) -> set[tuple[str, str, str, str, str]]:
-    found = Difference(before, after, inventory(), **options)
+    found = Difference(before, after, inventory(), make=functools.partial(Scene, **options))
     return {
         (x.kind, str(x.src), str(x.dst), shape["protocol"], shape.get("ports") or shape["types"])
         for x in found.flips()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import ipaddress
 import json
@@ -355,6 +356,21 @@ def test_enforcement_modes() -> None:
         (HOST, DB),
         (HOST, FAR),
     }
+
+
+def test_endpoints_may_have_modes_of_their_own() -> None:
+    known = inventory("[{name: a, labels: {app: s}}, {name: b, labels: {app: s}}]")
+    strict = dataclasses.replace(known.endpoints[1], mode="always")
+    mixed = dataclasses.replace(known, endpoints=(known.endpoints[0], strict))
+    cells = Matrix(Scene((), mixed)).cells
+    assert ("default/a", "reserved:host") in cells
+    assert not [dst for src, dst in cells if src == "default/b"]
+
+
+def test_an_agent_without_a_proxy_allows_nothing_that_needs_one() -> None:
+    (row,) = l7_of(cnp(HTTP), WEB, DB)
+    assert row["ports"] == "80"
+    assert answer(cnp(HTTP), parsers=())[WEB, DB] == {"TCP": "81"}
 
 
 def test_endpoints_of_equal_labels_are_listed_one_by_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -104,7 +105,7 @@ class Case:
             {"p.yaml": self.text},
             self.inventory,
             self.question(*what),
-            mode=self.mode,
+            make=functools.partial(Scene, mode=self.mode),
         )
 
     def mended(self, *what: Any) -> tuple[str, tuple[str, ...]]:
