@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,13 @@ _GROUP_ROWS: Final = 1 << 16
 _SUFFIX: Final = ".parquet"
 _PARTIAL: Final = ".partial"
 _MAX_DIMENSIONS: Final = 1 << 30  # bytes, unpacked
+
+
+# What reading a damaged file can raise: Arrow's own are among them, by inheritance or as they are.
+_FAULTS: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    pa.ArrowException,
+)  # fmt: skip
 
 
 class SegmentDamaged(DomainError):
@@ -316,7 +324,7 @@ class Segments:
                 at += count
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        except _FAULTS as error:
             why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             with self._lock:
                 self._damage(segment, why)
@@ -409,14 +417,17 @@ def _pack(frozen: Frozen) -> bytes:
         pieces += [np.ascontiguousarray(columns[key].astype(dtype[key])).tobytes() for key in dtype]
     raw = b"".join(pieces)
     packed: bytes = pa.compress(raw, codec="zstd", asbytes=True)
-    return len(raw).to_bytes(8, "little") + packed
+    # Arrow checks pages, not the footer.
+    return len(raw).to_bytes(8, "little") + crc32(packed).to_bytes(4, "little") + packed
 
 
 def _unpack(packed: bytes) -> Dimensions:
     size = int.from_bytes(packed[:8], "little")
     if size > _MAX_DIMENSIONS:
         raise ValueError("its footer says it is too large")
-    raw = pa.decompress(packed[8:], size, codec="zstd", asbytes=True)
+    if crc32(packed[12:]) != int.from_bytes(packed[8:12], "little"):
+        raise ValueError("its footer is damaged")
+    raw = pa.decompress(packed[12:], size, codec="zstd", asbytes=True)
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     if header["version"] != _VERSION:
