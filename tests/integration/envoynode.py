@@ -282,7 +282,7 @@ class EnvoyNode(Wire):
         """Translates, serves, and waits until Envoy has taken it or not."""
         self.put(*redirects)
         names = [f"redirect-{redirect.port}" for redirect in redirects]
-        outcome = await self.acks.acknowledged(NODE, {LDS: names, RDS: names}, timeout_s=10)
+        outcome = await self.acks.acknowledged(NODE, {LDS: names, RDS: names}, timeout_s=30)
         assert not outcome.pending, outcome
         return outcome
 
