@@ -12,6 +12,7 @@ from cli.settings import LazyGroup
 VERBS = {
     "apply": ("cli.policy_store:apply", "Store policies and enforce them."),
     "get": ("cli.policy_store:get", "List policies, or show the documents named."),
+    "confirm": ("cli.policy_store:confirm", "Keep policies that isolate a node."),
     "delete": ("cli.policy_store:delete", "Delete policies: what they allowed is cut."),
     "validate": ("cli.policy_validate:validate", "Check policy files."),
     "schema": ("cli.policy_schema:schema", "JSON Schema or CRDs of policy documents."),

@@ -47,10 +47,20 @@ kubectl get cnp -A -o yaml | cilia policy apply -
 @click.argument("file", nargs=-1, required=True, metavar="FILE|DIR|-...")
 @click.option("--wait", is_flag=True, help="Return when this node enforces it.")
 @click.option("--dry-run", is_flag=True, help="Check, say what would change, change nothing.")
+@click.option(
+    "--confirm",
+    is_flag=True,
+    help="Also policies that isolate a node: rolled back unless `policy confirm` follows.",
+)
 @namespace_option
 @pass_settings
 def apply(
-    settings: Settings, file: tuple[str, ...], wait: bool, dry_run: bool, namespace: str
+    settings: Settings,
+    file: tuple[str, ...],
+    wait: bool,
+    dry_run: bool,
+    confirm: bool,
+    namespace: str,
 ) -> None:
     """Store policies and enforce them."""
     sources = documents.read(file)
@@ -58,6 +68,7 @@ def apply(
         documents=[agent_pb2.Document(source=s.name, text=s.text) for s in sources],
         dry_run=dry_run,
         wait=wait,
+        confirm=confirm,
         default_namespace=namespace,
     )
     try:
@@ -80,6 +91,7 @@ def apply(
                 "dry_run": dry_run,
                 "outcomes": outcomes,
                 "warnings": [shapes.fault(item) for item in reply.warnings],
+                "confirm_within_s": reply.confirm_within_s or None,
             }
         )
     else:
@@ -92,12 +104,39 @@ def apply(
             render.line(settings, f"Revision: {reply.revision} (enforced)")
         else:
             render.line(settings, f"Revision: {reply.revision}")
+        if reply.confirm_within_s:
+            render.warn(
+                "A node is isolated: run `cilia policy confirm` within "
+                f"{reply.confirm_within_s} s, or it is rolled back"
+            )
     if wait and not dry_run and not reply.realised:
         raise CliError(
             f"revision {reply.revision} is stored but not yet enforced on this node",
             code=Exit.TIMEOUT,
             hint="See `cilia status` and `cilia endpoint list` for what is not ready.",
         )
+
+
+@click.command("confirm", cls=Command, epilog=examples("cilia policy confirm"))
+@pass_settings
+def confirm(settings: Settings) -> None:
+    """Keep the policies that `apply --confirm` stored on trial.
+
+    Policies that isolate a node that was open are rolled back after a minute, unless you can still
+    say that you meant them.
+    """
+    reply = clients.agent(
+        settings,
+        lambda agent: agent.policy.Confirm(agent_pb2.ConfirmRequest(), timeout=agent.timeout_s),
+    )
+    if settings.json:
+        found = [
+            {"kind": x.kind, "namespace": x.namespace or None, "name": x.name} for x in reply.names
+        ]
+        render.json({"confirmed": found})
+        return
+    for item in reply.names:
+        render.line(settings, f"{_named(item.kind, item.namespace, item.name)} confirmed")
 
 
 async def _fetch(agent: clients.Agent) -> agent_pb2.GetPoliciesResponse:

@@ -49,6 +49,7 @@ from services.agent.calculation import Calculation
 from services.agent.clients import GrpcIdentityClient
 from services.agent.clusterwatch import Changes, ClusterView
 from services.agent.config import AgentConfig
+from services.agent.confirmation import Confirmation
 from services.agent.conntrack import Conntrack
 from services.agent.datapath import Datapath
 from services.agent.dumps import Dumps
@@ -187,6 +188,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         settle_proxies=proxy.settle,
         policy_limit=config.map_sizes.policy,
     )
+    confirmation = Confirmation(config.agent_dir / "policy-on-trial.json", client=client, view=view)
     regenerate = Controller("regenerate", regeneration.flush, retry_s=0.5, retry_max_s=10.0)
     regeneration.trigger_by(regenerate.trigger)
 
@@ -277,6 +279,11 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
                 cidrs.load()
             except statefile.StateFileDamaged as error:
                 kept = statefile.set_aside(cidrs_path)
+                problems.append(f"{error.message}; it was kept as {kept}")
+            try:
+                confirmation.load()
+            except statefile.StateFileDamaged as error:
+                kept = statefile.set_aside(confirmation.path)
                 problems.append(f"{error.message}; it was kept as {kept}")
             saved.load_into(view)
             problems.extend(proxy.load())
@@ -379,6 +386,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("address-quarantine", lives.release_quarantine, resync_s=every),
         Controller("conntrack-gc", conntrack.collect, resync_s=config.conntrack_gc_interval_s),
         Controller("resync", resync, resync_s=every),
+        Controller("policy-confirmation", confirmation.check, retry_s=1.0, resync_s=1.0),
         Controller("kernel-proof", kernel_audit.step, resync_s=1.0),
         Controller("count", count, resync_s=5.0),
     ):
@@ -426,6 +434,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     )
     attach_mode = config.attach if config.attach != "auto" else "tcx" if has_tcx() else "clsact"
     policy_documents = PolicyDocuments(
+        confirmation=confirmation,
         client=client,
         view=view,
         regeneration=regeneration,

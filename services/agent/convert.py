@@ -192,6 +192,15 @@ def applied_to_proto(applied: Applied) -> agent_pb2.ApplyResponse:
         outcomes=outcomes_to_proto(applied.outcomes),
         warnings=[fault_to_proto(warning) for warning in applied.warnings],
         realised=applied.realised,
+        confirm_within_s=applied.confirm_within_s,
+    )
+
+
+def confirmed_to_proto(names: Iterable[PolicyName]) -> agent_pb2.ConfirmResponse:
+    return agent_pb2.ConfirmResponse(
+        names=[
+            identity_pb2.PolicyName(kind=x.kind, namespace=x.namespace, name=x.name) for x in names
+        ]
     )
 
 

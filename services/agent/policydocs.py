@@ -7,15 +7,16 @@ call returns when this node's endpoints enforce what was stored.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cilia.errors import DomainError, InvalidError, Kind, NotFoundError
-from cilia.policy import Document, Fault, parse_documents
+from cilia.policy import Document, Fault, Rule, parse_documents
 from cilia.policy.lint import Enforcers, lint
 from services.agent.clients import IdentityClient, Outcome
 from services.agent.clusterwatch import ClusterView, PolicyEntry, PolicyName
+from services.agent.confirmation import CONFIRM_S, Confirmation, NodeIsolated
 from services.agent.endpoint import SubjectKey
 from services.agent.reconcilers.policymap import PolicyTooLarge
 from services.agent.regeneration import Regeneration
@@ -89,6 +90,15 @@ class Applied:
     outcomes: tuple[Outcome, ...]
     warnings: tuple[Fault, ...]
     realised: bool
+    confirm_within_s: int = 0  # 0: nothing waits to be confirmed
+
+
+def _isolating(documents: Iterable[Document], egress: bool) -> Iterator[tuple[Rule, Document]]:
+    """The rules that isolate nodes in a direction."""
+    for document in documents:
+        for rule in document.rules if not document.audit else ():
+            if rule.node and rule.isolates(egress) is not None:
+                yield rule, document
 
 
 class PolicyDocuments:
@@ -100,17 +110,25 @@ class PolicyDocuments:
         regeneration: Regeneration,
         changed: asyncio.Condition,
         wait_timeout_s: float,
+        confirmation: Confirmation,
     ) -> None:
         self._client = client
         self._view = view
         self._regeneration = regeneration
         self._changed = changed
         self._wait_timeout_s = wait_timeout_s
+        self._confirmation = confirmation
 
     async def apply(
-        self, sources: Sequence[Source], *, default_namespace: str, dry_run: bool, wait: bool
+        self,
+        sources: Sequence[Source],
+        *,
+        default_namespace: str,
+        dry_run: bool,
+        wait: bool,
+        confirm: bool = False,
     ) -> Applied:
-        """Raises DocumentsInvalid, NoDocuments, PolicyTooLarge: then nothing was stored.
+        """Raises DocumentsInvalid, NoDocuments, PolicyTooLarge, NodeIsolated: nothing was stored.
 
         Raises IdentityUnavailable, and with `wait` NotRealised.
         """
@@ -143,12 +161,32 @@ class PolicyDocuments:
             raise DocumentsInvalid(faults)
         if not documents:
             raise NoDocuments
+        isolated = self._isolated_nodes(documents)
+        if isolated and not confirm and not dry_run:
+            raise NodeIsolated(
+                f"{isolated[0].document} would isolate {isolated[0].message} that was open "
+                f"({isolated[0].origin}): who is not allowed is cut off from it"
+            )
+        if dry_run and not confirm:
+            warnings += [
+                replace(x, message=f"isolates {x.message} that was open: --confirm is needed")
+                for x in isolated
+            ]
         await self._refuse_overflow(documents)
         warnings += await self._lint(documents.values())
         concerned = [*documents.values(), *self._in_force(documents)]
         failed_before = frozenset(self._regeneration.failing)
         entries = [PolicyEntry.of(document) for document in documents.values()]
-        revision, outcomes = await self._client.apply_policies(entries, dry_run=dry_run)
+        trial = isolated and not dry_run
+        waited = self._confirmation.waiting
+        if trial:
+            self._confirmation.begin(entries)
+        try:
+            revision, outcomes = await self._client.apply_policies(entries, dry_run=dry_run)
+        except DomainError as error:
+            if trial and error.kind is not Kind.UNAVAILABLE:  # else it may be stored all the same
+                self._confirmation.cancel(waited)
+            raise
         realised = False
         if wait and not dry_run:
             wanted = {entry.name: entry for entry in entries}
@@ -159,7 +197,35 @@ class PolicyDocuments:
                 told=_APPLIED,
             )
             realised = True
-        return Applied(revision, outcomes, tuple(warnings), realised)
+        within_s = CONFIRM_S if trial else 0
+        return Applied(revision, outcomes, tuple(warnings), realised, within_s)
+
+    def _isolated_nodes(self, documents: Mapping[PolicyName, Document]) -> list[Fault]:
+        """Where these would isolate a node that is open now: this one, by all rules there are; of
+        others, those whom a selector names that isolates nobody yet."""
+        calculation, labels = self._regeneration.calculation, self._regeneration.node_labels
+        present = calculation.documents
+        after = {**present, **documents}
+        found = []
+        for egress in (False, True):
+            direction = "egress" if egress else "ingress"
+            open_now = not any(
+                rule.selector.matches(labels) for rule, _ in _isolating(present.values(), egress)
+            )
+            known = {rule.selector for rule, _ in _isolating(present.values(), egress)}
+            for rule, document in _isolating(after.values(), egress):
+                if PolicyEntry.of(document).name not in documents:
+                    continue
+                here = rule.selector.matches(labels)
+                if open_now if here else rule.selector not in known:
+                    path, origin = rule.isolates(egress) or ("", document.origin)
+                    who = "this node" if here else f"nodes with {rule.selector}"
+                    found.append(Fault(document.ref, path, f"{who} on {direction}", origin))
+        return found
+
+    def confirm(self) -> tuple[PolicyName, ...]:
+        """Keep the policies that were applied on trial. Raises NothingToConfirm."""
+        return self._confirmation.confirm()
 
     async def delete(
         self, names: Sequence[PolicyName], *, everything: bool, wait: bool

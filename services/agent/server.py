@@ -206,8 +206,14 @@ class PolicyServer(agent_pb2_grpc.PolicyServiceServicer):
             default_namespace=request.default_namespace,
             dry_run=request.dry_run,
             wait=request.wait,
+            confirm=request.confirm,
         )
         return convert.applied_to_proto(applied)
+
+    async def Confirm(
+        self, request: agent_pb2.ConfirmRequest, context: Context
+    ) -> agent_pb2.ConfirmResponse:
+        return convert.confirmed_to_proto(self._documents.confirm())
 
     async def Delete(
         self, request: agent_pb2.DeleteRequest, context: Context

@@ -273,15 +273,21 @@ class AgentNode:
             timeout=20,
         )
 
-    def apply(self, text: str, *, wait: bool = True, dry_run: bool = False) -> pb.ApplyResponse:
+    def apply(
+        self, text: str, *, wait: bool = True, dry_run: bool = False, keep: bool = True
+    ) -> pb.ApplyResponse:
+        """Apply policies; with `keep`, also those that isolate a node, for good."""
         found: pb.ApplyResponse = self.policy.Apply(
             pb.ApplyRequest(
                 documents=[pb.Document(source="test.yaml", text=text.encode())],
                 wait=wait,
                 dry_run=dry_run,
+                confirm=keep,
             ),
             timeout=20,
         )
+        if keep and found.confirm_within_s:
+            self.policy.Confirm(pb.ConfirmRequest(), timeout=10)
         return found
 
     def delete_policies(self) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
@@ -183,3 +184,32 @@ def test_a_node_that_is_not_selected_or_not_enforced(node: AgentNode) -> None:
     node.start("agent", "--policy-audit-mode", "on")
     assert node.ping("world", NODE4)
     assert said(node).endswith("audited only")
+
+
+def test_a_policy_that_isolates_the_node_is_confirmed_or_goes_back(node: AgentNode) -> None:
+    text = """
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: on-trial}
+spec:
+  nodeSelector: {}
+  ingress: [{fromEntities: [cluster]}]
+"""
+    with pytest.raises(grpc.RpcError, match="would isolate this node on ingress"):
+        node.apply(text, keep=False)
+    assert node.status().policies == 0
+    dry = node.apply(text, keep=False, dry_run=True)
+    assert any("--confirm is needed" in x.message for x in dry.warnings)
+    request = pb.ApplyRequest(
+        documents=[pb.Document(source="trial.yaml", text=text.encode())], wait=True, confirm=True
+    )
+    assert node.policy.Apply(request, timeout=20).confirm_within_s == 60
+    found = node.policy.Confirm(pb.ConfirmRequest(), timeout=10)
+    assert [x.name for x in found.names] == ["on-trial"]
+    with pytest.raises(grpc.RpcError, match="no policy waits"):
+        node.policy.Confirm(pb.ConfirmRequest(), timeout=10)
+    # In force, it isolates nobody anew: the same, and more in that direction, need no trial.
+    more = text.replace("on-trial", "more").replace("[cluster]", "[world]")
+    assert node.apply(more, keep=False).confirm_within_s == 0
+    with pytest.raises(grpc.RpcError, match="on egress"):
+        node.apply(text.replace("ingress:", "egress:").replace("from", "to"), keep=False)

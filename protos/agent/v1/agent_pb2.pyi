@@ -495,9 +495,12 @@ class ApplyRequest(_message.Message):
     DRY_RUN_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     DEFAULT_NAMESPACE_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
     wait: _builtins.bool
     default_namespace: _builtins.str
+    confirm: _builtins.bool
+    """also what isolates a node, on trial: see Confirm"""
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Document]: ...
     def __init__(
@@ -507,10 +510,11 @@ class ApplyRequest(_message.Message):
         dry_run: _builtins.bool = ...,
         wait: _builtins.bool = ...,
         default_namespace: _builtins.str = ...,
+        confirm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_namespace", b"default_namespace", "documents", b"documents", "dry_run", b"dry_run", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "default_namespace", b"default_namespace", "documents", b"documents", "dry_run", b"dry_run", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,8 +552,11 @@ class ApplyResponse(_message.Message):
     OUTCOMES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     REALISED_FIELD_NUMBER: _builtins.int
+    CONFIRM_WITHIN_S_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     realised: _builtins.bool
+    confirm_within_s: _builtins.int
+    """rolled back unless confirmed; 0: nothing waits"""
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[_identity_pb2.Outcome]: ...
     @_builtins.property
@@ -561,14 +568,50 @@ class ApplyResponse(_message.Message):
         outcomes: _abc.Iterable[_identity_pb2.Outcome] | None = ...,
         warnings: _abc.Iterable[_common_pb2.Fault] | None = ...,
         realised: _builtins.bool = ...,
+        confirm_within_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "realised", b"realised", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm_within_s", b"confirm_within_s", "outcomes", b"outcomes", "realised", b"realised", "revision", b"revision", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ApplyResponse: _TypeAlias = ApplyResponse  # noqa: Y015
+
+@_typing.final
+class ConfirmRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmRequest: _TypeAlias = ConfirmRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedCompositeFieldContainer[_identity_pb2.PolicyName]: ...
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_identity_pb2.PolicyName] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmResponse: _TypeAlias = ConfirmResponse  # noqa: Y015
 
 @_typing.final
 class DeleteRequest(_message.Message):

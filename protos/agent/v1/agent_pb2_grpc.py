@@ -428,6 +428,11 @@ class PolicyServiceStub:
                 request_serializer=protos_dot_agent_dot_v1_dot_agent__pb2.TraceRequest.SerializeToString,
                 response_deserializer=protos_dot_agent_dot_v1_dot_agent__pb2.TraceResponse.FromString,
                 _registered_method=True)
+        self.Confirm = channel.unary_unary(
+                '/cilia.agent.v1.PolicyService/Confirm',
+                request_serializer=protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmRequest.SerializeToString,
+                response_deserializer=protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmResponse.FromString,
+                _registered_method=True)
         self.AuditKernel = channel.unary_unary(
                 '/cilia.agent.v1.PolicyService/AuditKernel',
                 request_serializer=protos_dot_agent_dot_v1_dot_agent__pb2.AuditKernelRequest.SerializeToString,
@@ -463,6 +468,13 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Confirm(self, request, context):
+        """Keeps policies that isolate a node, which are rolled back otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AuditKernel(self, request, context):
         """Compares the kernel's maps with what was written, and its verdicts with the engine's; what
         differs is told, and repaired.
@@ -493,6 +505,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Trace,
                     request_deserializer=protos_dot_agent_dot_v1_dot_agent__pb2.TraceRequest.FromString,
                     response_serializer=protos_dot_agent_dot_v1_dot_agent__pb2.TraceResponse.SerializeToString,
+            ),
+            'Confirm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Confirm,
+                    request_deserializer=protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmRequest.FromString,
+                    response_serializer=protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmResponse.SerializeToString,
             ),
             'AuditKernel': grpc.unary_unary_rpc_method_handler(
                     servicer.AuditKernel,
@@ -608,6 +625,33 @@ class PolicyService:
             '/cilia.agent.v1.PolicyService/Trace',
             protos_dot_agent_dot_v1_dot_agent__pb2.TraceRequest.SerializeToString,
             protos_dot_agent_dot_v1_dot_agent__pb2.TraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Confirm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cilia.agent.v1.PolicyService/Confirm',
+            protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmRequest.SerializeToString,
+            protos_dot_agent_dot_v1_dot_agent__pb2.ConfirmResponse.FromString,
             options,
             channel_credentials,
             insecure,

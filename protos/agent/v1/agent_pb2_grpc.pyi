@@ -91,6 +91,8 @@ class PolicyServiceStub:
     Delete: _aio.UnaryUnaryMultiCallable[_agent_pb2.DeleteRequest, _agent_pb2.DeleteResponse]
     Get: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetPoliciesRequest, _agent_pb2.GetPoliciesResponse]
     Trace: _aio.UnaryUnaryMultiCallable[_agent_pb2.TraceRequest, _agent_pb2.TraceResponse]
+    Confirm: _aio.UnaryUnaryMultiCallable[_agent_pb2.ConfirmRequest, _agent_pb2.ConfirmResponse]
+    """Keeps policies that isolate a node, which are rolled back otherwise."""
     AuditKernel: _aio.UnaryUnaryMultiCallable[_agent_pb2.AuditKernelRequest, _agent_pb2.AuditKernelResponse]
     """Compares the kernel's maps with what was written, and its verdicts with the engine's; what
     differs is told, and repaired.
@@ -125,6 +127,14 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.TraceRequest,
         context: _aio.ServicerContext[_agent_pb2.TraceRequest, _abc.Awaitable[_agent_pb2.TraceResponse]],
     ) -> _abc.Awaitable[_agent_pb2.TraceResponse]: ...
+
+    @_abc_1.abstractmethod
+    def Confirm(
+        self,
+        request: _agent_pb2.ConfirmRequest,
+        context: _aio.ServicerContext[_agent_pb2.ConfirmRequest, _abc.Awaitable[_agent_pb2.ConfirmResponse]],
+    ) -> _abc.Awaitable[_agent_pb2.ConfirmResponse]:
+        """Keeps policies that isolate a node, which are rolled back otherwise."""
 
     @_abc_1.abstractmethod
     def AuditKernel(
