@@ -166,6 +166,7 @@ class Result:
     raw: bytes
     events: Any
     metrics: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    mark: int = 0
 
     @property
     def packet(self) -> Packet:
@@ -524,7 +525,8 @@ class Node:
             old = before.get(key, (0, 0))
             if (packets, size) != old:
                 changed[key] = (packets - old[0], size - old[1])
-        return Result(run.retval, run.data_out, self.drain(), changed)
+        mark_out = run.ctx_out.mark if run.ctx_out is not None else 0
+        return Result(run.retval, run.data_out, self.drain(), changed, mark_out)
 
     def send(self, ep: Endpoint, packet: Packet | bytes, **ctx: int) -> Result:
         """The workload of `ep` sends an IP packet, or a whole frame."""

@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scapy.layers.l2 import Ether
 
-from cilia.bpf import Link, attach_tc, constants, layout
+from cilia.bpf import Link, attach_tc, constants, dropreason, layout
+from cilia.bpf.dropreason import SOCKET_ASSIGN_FAILED
 from cilia.net import tproxy
 from cilia.net.rtnl import RouteSocket
 from tests.datapath.envoyproxy import Envoy, envoy_binary
 from tests.datapath.harness import (
     NODE4,
     NODE6,
+    REPOSITORY,
     ROUTER4,
     ROUTER6,
+    TC_OK,
+    TC_SHOT,
     Rule,
 )
+from tests.datapath.packets import tcp, udp
 from tests.datapath.test_datapath_traffic import Live, remote
 
 TCP = 6
@@ -153,17 +162,26 @@ class Proxied(Live):
         self.map("cilia_proxy_pair").update(key.tobytes(), value.tobytes())
 
     def ask(
-        self, space: str, target: str, path: str, port: int = WEB, bind: str | None = None
+        self, space: str, target: str, path: str, port: int = WEB, timeout: float = 3.0
     ) -> tuple[int, str]:
         """One request on a connection of its own: status and body. Raises OSError."""
-        client = self.socket(space, socket.SOCK_STREAM, bind or ("::" if ":" in target else None))
-        try:
-            client.connect((target, port))
-            connection = http.client.HTTPConnection(target, port, timeout=3)
-            connection.sock = client
+        with self.connected(space, target, port, timeout) as connection:
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
+
+    @contextlib.contextmanager
+    def connected(
+        self, space: str, target: str, port: int = WEB, timeout: float = 0.5
+    ) -> Iterator[http.client.HTTPConnection]:
+        """An open connection. Raises OSError."""
+        client = self.socket(space, socket.SOCK_STREAM, "::" if ":" in target else None)
+        try:
+            client.settimeout(timeout)
+            client.connect((target, port))
+            connection = http.client.HTTPConnection(target, port)
+            connection.sock = client
+            yield connection
         finally:
             client.close()
 
@@ -235,3 +253,154 @@ def test_ingress(net: Proxied, serve: None, v6: bool, source: str) -> None:
     assert body == f"b for {ROUTER6 if v6 else ROUTER4}"
     assert net.ask(source, net.b.ip(v6), "/out/x")[0] == 403
     assert net.ask(source, net.b.ip(v6), "/out/x", PLAIN)[0] == 200
+
+
+def test_both_ends(net: Proxied, serve: None, v6: bool) -> None:
+    """One listener enforces both sets; without one nothing passes."""
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    net.policy(net.b, [*ALL, INGRESS_L7])
+    with pytest.raises(TimeoutError):
+        net.ask("a", net.b.ip(v6), "/both/x", timeout=0.3)
+    assert drops_of(net, dropreason.NO_PROXY_PAIR)
+    net.pair()
+    assert net.ask("a", net.b.ip(v6), "/both/x")[0] == 200
+    for path in ("/in/x", "/out/x"):
+        assert net.ask("a", net.b.ip(v6), path)[0] == 403
+
+
+def drops_of(net: Proxied, reason: int) -> int:
+    return sum(count for (why, _), (count, _) in net.metrics().items() if why == reason)
+
+
+def test_what_policy_says_next(net: Proxied, serve: None, v6: bool) -> None:
+    """An open connection stays with its proxy when it could pass directly.
+
+    It is cut when its rules are elsewhere, or when it never had a proxy and needs one now.
+    """
+    address = net.b.ip(v6)
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    with net.connected("a", address) as connection:
+        assert ask_again(connection, "/out/x") == 200
+        net.policy(net.a, ALL)
+        assert ask_again(connection, "/out/x") == 200
+        assert ask_again(connection, "/in/x") == 403, "it is where it was"
+        net.policy(net.a, [*ALL, replace(EGRESS_L7, proxy=BOTH_PORT)])
+        with pytest.raises(TimeoutError):
+            ask_again(connection, "/out/x")
+    assert drops_of(net, dropreason.OTHER_PROXY)
+    net.policy(net.a, ALL)
+    with net.connected("a", address) as connection:
+        assert ask_again(connection, "/in/x") == 200, "directly"
+        net.policy(net.a, [*ALL, EGRESS_L7])
+        with pytest.raises(TimeoutError):
+            ask_again(connection, "/in/x")
+    assert net.ask("a", address, "/out/x")[0] == 200
+
+
+def ask_again(connection: http.client.HTTPConnection, path: str) -> int:
+    """The status of one more request on a connection."""
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
+
+
+def test_marks_from_elsewhere_are_none(net: Proxied, v6: bool) -> None:
+    """What comes in by a device with one of our marks has none when it goes on."""
+    for mark in (FROM_INGRESS, FROM_EGRESS, tproxy.mark_of(OUT_PORT)):
+        sent = net.run(
+            "from_endpoint",
+            Ether(src=net.a.mac, dst=net.a.node_mac)
+            / tcp(v6, net.a, ROUTER6 if v6 else ROUTER4, "S"),
+            net.a.ifindex,
+            mark=mark,
+        )
+        assert sent.verdict == TC_OK
+        assert sent.mark == 0
+
+
+def test_only_the_nodes_stack_speaks_for_the_proxy(net: Proxied, v6: bool) -> None:
+    """A forwarded packet with the proxy's mark is judged as what it is."""
+    net.policy(net.b, [])
+    frame = Ether(src=net.b.node_mac, dst=net.b.mac) / tcp(
+        v6, ROUTER6 if v6 else ROUTER4, net.b, "S"
+    )
+    own = net.run("to_endpoint", frame, net.b.ifindex, mark=FROM_INGRESS)
+    assert own.verdict == TC_OK
+    net.map("cilia_ct").delete(next(iter(net.map("cilia_ct").keys())))
+    forwarded = net.run(
+        "to_endpoint", frame, net.b.ifindex, mark=FROM_INGRESS, ingress_ifindex=net.up
+    )
+    assert forwarded.verdict == TC_SHOT
+
+
+def test_a_packet_for_the_proxy_does_not_leave(net: Proxied, v6: bool) -> None:
+    for program, ifindex in (("to_endpoint", net.b.ifindex), ("to_netdev", net.up)):
+        frame = Ether(src=net.b.node_mac, dst=net.b.mac) / tcp(v6, net.a, net.b, "S")
+        out = net.run(
+            program, frame, ifindex, mark=tproxy.mark_of(OUT_PORT), ingress_ifindex=net.a.ifindex
+        )
+        assert out.verdict == TC_SHOT
+        assert out.drops == [dropreason.PROXY_MISSED]
+
+
+def test_no_proxy_takes_anything_but_tcp(net: Proxied, v6: bool) -> None:
+    net.policy(net.a, [Rule(True, proto=17, port=53, plen=24, id=203, proxy=OUT_PORT)])
+    out = net.send(net.a, udp(v6, net.a, net.b, 5000, 53))
+    assert out.verdict == TC_SHOT
+    assert out.drops == [dropreason.PROXY_UNSUPPORTED_PROTO]
+
+
+def test_answers_that_the_proxy_did_not_send(net: Proxied, v6: bool) -> None:
+    """Neither the responder nor somebody outside can speak on a redirected connection."""
+    net.policy(net.a, [*ALL, replace(EGRESS_L7, port=80)])
+    # A test run can give no packet a socket.
+    assert net.send(net.a, tcp(v6, net.a, net.b, "S")).drops in ([], [SOCKET_ASSIGN_FAILED])
+    ((_, entry),) = net.ct()
+    assert entry["flags"] & constants.CT_F_PROXY
+    assert entry["proxy_port_be"] == OUT_PORT
+    answer = tcp(v6, net.b, net.a, "SA", 80, 40000)
+    for sent in (net.send(net.b, answer), net.wire_sends(tcp(v6, net.b, net.a, "SA", 80, 40000))):
+        assert sent.verdict == TC_SHOT
+    assert dropreason.NOT_THE_PROXY in net.send(net.b, answer).drops
+    verdict = net.send(net.a, tcp(v6, net.a, net.b, "S", 40001)).verdicts[0]
+    assert verdict["verdict"] == OUT_PORT
+
+
+def test_nobody_listens(net: Proxied, v6: bool) -> None:
+    """Neither does somebody who has not the proxy's mark."""
+    net.policy(net.a, [*ALL, replace(EGRESS_L7, port=80, proxy=10009)])
+    sent = net.send(net.a, tcp(v6, net.a, net.b, "S"))
+    assert sent.drops == [dropreason.SOCKET_LOOKUP_FAILED]
+    with net.socket("node", socket.SOCK_STREAM, "::1" if v6 else "127.0.0.1", 10009):
+        sent = net.send(net.a, tcp(v6, net.a, net.b, "S", 40002))
+        assert sent.drops == [dropreason.SOCKET_LOOKUP_FAILED]
+
+
+def test_twenty_thousand_connections(net: Proxied) -> None:
+    """Redirected and direct in turn, of one client to one server: none fails.
+
+    The client's ports are few, so each is used again while the other side still has the last
+    connection on it in TIME_WAIT.
+    """
+    net.policy(net.b, [*ALL, INGRESS_L7])
+    net.spaces["a"].sh("sysctl -qw net.ipv4.ip_local_port_range='40000 41999'")
+    crowd = [sys.executable, "-m", "tests.datapath.crowd"]
+
+    def start(space: str, *words: str) -> subprocess.Popen[str]:
+        return net.spaces[space].call(
+            lambda: subprocess.Popen(
+                [*crowd, *words], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+            )
+        )
+
+    server = start("b", "serve", net.b.ip4, str(WEB), str(PLAIN))
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        client = start("a", "ask", net.b.ip4, "20000", str(WEB), str(PLAIN))
+        out, _ = client.communicate(timeout=240)
+        assert json.loads(out) == {}
+    finally:
+        server.kill()
+        server.wait()
