@@ -357,7 +357,6 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         await attach_reconciler.flush()
         await device_reconciler.flush()
         await kernel_audit.compare(budget_s=BUDGET_S)
-        await kernel_audit.try_audit()
         regenerate.trigger()
 
     async def refresh_host() -> None:

@@ -55,7 +55,8 @@ _RECENT_S: Final = 600.0  # how long the status speaks of what was repaired
 _HEARD_S: Final = 3.0
 _BREATH_S: Final = 0.005  # between costly looks
 BUDGET_S: Final = 0.25  # of costly looks, by the background
-_TRIED: Final = 512  # cells of a policy, in search of one that is denied
+_TRIED: Final = 1024  # cells at most, in search of one that is denied
+_IDLE_S: Final = 5.0  # between searches that find none: audit may have been turned on
 
 State = Literal["Ok", "Warning", "Failure"]
 Question = tuple[int, bool, int, int]  # peer, egress, protocol, port
@@ -189,6 +190,7 @@ class KernelAudit:
         self.last_drift_s = 0.0
         self.unrepaired = 0
         self._last_slot = 0  # that took of a budget
+        self._tried_s = 0.0  # the audit path, monotonic
         self.selftest = SelfTest()
 
     # ---- maps
@@ -344,6 +346,9 @@ class KernelAudit:
     async def step(self) -> None:
         """A little of the walk over all policies, which begins anew every interval."""
         now = time.monotonic()
+        rest_s = self._interval_s if self.selftest.state != "idle" else _IDLE_S
+        if now - self._tried_s >= min(rest_s, self._interval_s):
+            await self.try_audit()
         walk = self._round
         if not walk.todo and self._walk is None:
             if walk.began_s and now - walk.began_s < self._interval_s:
@@ -378,13 +383,16 @@ class KernelAudit:
 
     async def try_audit(self) -> None:
         """Where something is only audited: that this is heard, too. See SelfTest."""
+        self._tried_s = time.monotonic()
         documents = any(document.audit for document in self._calculation.documents.values())
+        left = _TRIED
         for key in sorted(self._calculation.subjects):
             row = self._regeneration.policy_in_force(key)
             if row is None or not row.complete or not (key.audit or documents):
                 continue
             await asyncio.sleep(0)
-            for asked in islice(questions(list(row.state)), _TRIED):
+            for asked in islice(questions(list(row.state)), left):
+                left -= 1
                 answer = expected(row.state, row.fill, asked, audit=key.audit)
                 if answer.audited and answer.verdict < 0:
                     await self._hear(row, asked)
