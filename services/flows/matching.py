@@ -377,10 +377,66 @@ class _Compiler:
         if self._cel is None or self._encode is None:
             raise FilterInvalid("cel_expression is not supported here")
         evaluate, encode = self._cel(spec.cel_expression), self._encode
-        made.messages.append(lambda rows: np.array(evaluate(encode(rows)), bool))
+
+        def every(rows: Rows) -> Mask:
+            return np.array(evaluate(encode(rows)), bool)
+
+        repeats = all(_of_kinds(text) for text in spec.cel_expression)
+        made.messages.append(_once_a_kind(every) if repeats else every)
 
 
 # ---- conditions
+
+# Fields of a flow that follow from its pair and its meta.
+_KIND_FIELDS: Final = frozenset(
+    (
+        "verdict", "drop_reason", "drop_reason_desc", "ethernet", "IP", "source", "destination",
+        "Type", "node_name", "source_names", "destination_names", "reply", "event_type",
+        "source_service", "destination_service", "traffic_direction", "policy_match_type",
+        "trace_observation_point", "is_reply", "interface", "proxy_port", "trace_reason",
+        "egress_allowed_by", "ingress_allowed_by", "egress_denied_by", "ingress_denied_by",
+    )
+)  # fmt: skip
+_FLOW_USE: Final = re2.compile(r"_flow(\s*\.\s*(\w+))?")
+_MAX_KINDS: Final = 1 << 20
+
+
+def _of_kinds(text: str) -> bool:
+    """Whether an expression over `_flow` can only ask what all flows of a pair and meta share."""
+    return all(use[1] in _KIND_FIELDS for use in _FLOW_USE.findall(text))
+
+
+def _once_a_kind(condition: RowCondition) -> RowCondition:
+    """The condition, asked once for each pair and meta that occur together."""
+    known: dict[tuple[int, int, int], bool] = {}
+    source: object = None
+
+    def remembered(rows: Rows) -> Mask:
+        nonlocal source
+        dimensions = rows.dimensions
+        if source is not dimensions.cache or len(known) > _MAX_KINDS:
+            known.clear()
+            source = dimensions.cache
+        pair, meta = rows.columns["pair"], rows.columns["meta"]
+        both = pair.astype(np.uint64) << np.uint64(32) | meta
+        distinct, first, inverse = np.unique(both, return_index=True, return_inverse=True)
+        # What a number stands for may change; when it did, it was born again.
+        births = zip(
+            distinct.tolist(),
+            dimensions.pair_born[pair[first]].tolist(),
+            dimensions.meta_born[meta[first]].tolist(),
+            strict=True,
+        )
+        keys = list(births)
+        fresh = [at for at, key in enumerate(keys) if key not in known]
+        if fresh:
+            answers = condition(rows.take(first[fresh]))
+            for at, answer in zip(fresh, answers.tolist(), strict=True):
+                known[keys[at]] = answer
+        found = np.fromiter((known[key] for key in keys), bool, len(keys))
+        return np.asarray(found[inverse])
+
+    return remembered
 
 
 def _never(_: Dimensions, numbers: AnyArray) -> Mask:

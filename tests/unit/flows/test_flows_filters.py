@@ -14,7 +14,7 @@ from protos.hubble.v1 import observer_pb2
 from services.flows import convert
 from services.flows.encoder import Encoder
 from services.flows.filterspec import FilterInvalid, FlowQuery
-from services.flows.matching import compile_filters
+from services.flows.matching import _of_kinds, compile_filters
 from services.flows.rows import Rows
 from services.flows.store import Store
 from tests.unit.flows.flowfilters import choices, matches, random_filter, selected
@@ -109,6 +109,18 @@ def test_a_few_rows_are_decided_as_many_are(store: Store, flows: list[pb.Flow]) 
         for first in r.sample(range(COUNT - 3), 5):
             found = matcher.mask(store.rows(first, 3)).tolist()
             assert found == [matches(wanted, flow) for flow in flows[first : first + 3]], wanted
+
+
+def test_cel_that_asks_for_no_more_than_pair_and_meta_is_told_apart() -> None:
+    shared = ("_flow.verdict == Verdict.DROPPED", "_flow . IP.source == '10.0.0.1' || true", "true")
+    own = (
+        "_flow.uuid != ''",
+        "_flow == Flow{}",
+        "[_flow].size() == 1",
+        "_flow.verdict == 1 && _flow.l4.TCP.source_port == 1u",
+    )
+    assert all(_of_kinds(text) for text in shared)
+    assert not any(_of_kinds(text) for text in own)
 
 
 CEL: dict[str, Callable[[pb.Flow], bool]] = {
