@@ -251,6 +251,17 @@ async def flows_watch(socket: str) -> bool:
         return stats.watching
 
 
+async def flow_followers(socket: str) -> int:
+    """How many clients follow flows now; -1 when the service does not answer."""
+    async with connect(Path(socket), service="flows") as channel:
+        stub = flows_pb2_grpc.FlowsServiceStub(channel)
+        try:
+            stats = await stub.Stats(flows_pb2.StatsRequest(), timeout=PING_TIMEOUT_S)
+        except RpcError:
+            return -1
+        return stats.followers
+
+
 async def xds_answers(socket: str) -> bool:
     """True when the xDS service answers."""
     async with connect(Path(socket), service="xds") as channel:

@@ -32,7 +32,7 @@ from cilia.bpf.layout import METRIC
 from cilia.errors import DomainError
 from lab import down, plans, process, spec, state
 from lab import up as lab_up
-from lab.clients import AgentClient, EndpointInfo, Request, RuleInfo, Verdict
+from lab.clients import AgentClient, EndpointInfo, Request, RuleInfo, Verdict, flow_followers
 from lab.errors import LabError
 from lab.state import LabState, WorkloadState
 from lab.up import ROOT, environment, place_of
@@ -52,6 +52,7 @@ PLANS_RATE = 1 << 20  # bytes a second
 KILL_AFTER = 1 << 20  # bytes received when the agent is killed
 DEAD_BYTES = 1 << 20  # bytes that must arrive while it is dead
 STEP_TIMEOUT_S = 30.0
+POLL_S = 0.05
 POLICY_DENIED = 133
 
 
@@ -398,8 +399,10 @@ class Play:
             all(rule is not None and rule.file == str(POLICY) and rule.line for rule in rules),
             f"{sum(rule is not None for rule in rules)} of {len(rules)} name one",
         )
-        dropped = await attempts(self.lab, fleet.tries(fleet.xwing), DENIED_TIMEOUT_S)
-        reasons = [await self._dropped(item, witness) for item in dropped]
+        async with self._flows("--verdict", "DROPPED") as flows:
+            dropped = await attempts(self.lab, fleet.tries(fleet.xwing), DENIED_TIMEOUT_S)
+            reasons = [await self._dropped(item, witness) for item in dropped]
+            await self._shown(flows, 2)
         for family in (4, 6):
             mine = [item for item in dropped if item.family == family]
             self.ledger.expect(
@@ -413,6 +416,47 @@ class Play:
             f"{sum(reasons)} of {len(reasons)} do",
         )
         await self._why()
+
+    @contextlib.asynccontextmanager
+    async def _flows(self, *options: str) -> AsyncIterator[asyncio.StreamReader]:
+        """`cilia flows observe -f`, following before the block begins."""
+        server = self.lab.nodes[0].flows_socket
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cli", "flows", "observe", "-f", *options),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env={**environment(), "CILIA_FLOWS_SERVER": f"unix://{server}"},
+            cwd=ROOT,
+        )
+        assert child.stdout is not None
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                while await flow_followers(server) < 1:  # noqa: ASYNC110  # it tells nobody
+                    await asyncio.sleep(POLL_S)
+            yield child.stdout
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+            await child.wait()
+
+    async def _shown(self, flows: asyncio.StreamReader, count: int) -> None:
+        """What a follower of flows has been shown meanwhile, a few lines of it."""
+        screen = self.screen
+        screen.line()
+        screen.line("  $ cilia flows observe -f --verdict DROPPED")
+        seen: list[str] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                while len(seen) < count and (line := await flows.readline()):
+                    text = line.decode().rstrip()
+                    if f"/{self.fleet.xwing.name}:" in text and POLICY.name in text:
+                        seen.append(text)
+                        screen.line(screen.dim(f"  {text}"))
+        self.ledger.expect(
+            "act 2: the flow stream shows drops as they happen, with reason and rule",
+            len(seen) == count and all("DROPPED" in text for text in seen),
+            f"{len(seen)} of {count} lines",
+        )
 
     async def _why(self) -> None:
         """Ask the command what would have to change; nothing is changed."""
@@ -794,7 +838,9 @@ def _source_line(rule: RuleInfo) -> str:
 NEXT = """\
   cilia lab up examples/lab/star-wars.yaml        the same lab, to play with
   export CILIA_AGENT_SOCK=/run/cilia-lab/star-wars/node1/agent.sock
+  export CILIA_FLOWS_SERVER=unix:///run/cilia-lab/star-wars/node1/hubble.sock
   cilia monitor                                   verdicts as they happen
+  cilia flows observe -f --verdict DROPPED        the same for Hubble's clients, with history
   cilia policy apply {policy} --wait
   cilia lab exec xwing -- python -m lab.httpc POST http://deathstar/v1/request-landing
   cilia policy trace --src xwing --dst deathstar-1 --dport 80/tcp
