@@ -171,7 +171,7 @@ def flow(scene: Scene, text: str) -> Question:
 
 
 def _event(scene: Scene, value: dict[str, Any]) -> Question:
-    source, destination = value["source"], value.get("destination") or {}
+    source, destination = _mapping(value["source"]), _mapping(value.get("destination"))
     protocol = str(value.get("protocol") or "")
     proto = PROTO_BY_NAME.get(protocol.upper())
     if proto is None:
@@ -186,18 +186,19 @@ def _event(scene: Scene, value: dict[str, Any]) -> Question:
         dst=_flow_end(scene, destination, destination.get("address")),
         proto=proto,
         port=_number(number),
+        request=_flow_request(value),
     )
 
 
 def _hubble(scene: Scene, value: dict[str, Any]) -> Question:
-    l4 = value.get("l4") or {}
+    l4 = _mapping(value.get("l4"))
     name = next((x for x in ("TCP", "UDP", "SCTP", "ICMPv4", "ICMPv6") if x in l4), "")
     if not name:
         raise CliError("the flow has no L4 protocol", code=Exit.INVALID)
     proto = PROTO_BY_NAME["ICMP" if name == "ICMPv4" else name.upper()]
-    inner = l4[name] or {}
-    source, destination = value["source"], value.get("destination") or {}
-    ip = value.get("IP") or {}
+    inner = _mapping(l4[name])
+    source, destination = _mapping(value["source"]), _mapping(value.get("destination"))
+    ip = _mapping(value.get("IP"))
     addresses = [ip.get("source"), ip.get("destination")]
     numbers = [inner.get("source_port"), inner.get("destination_port")]
     if value.get("is_reply") or value.get("reply"):
@@ -224,11 +225,19 @@ def _flow_request(l7: Any) -> Request | None:
         host, _, path = url.partition("://")[2].partition("/")
         url = f"/{path}"
     headers = [
-        (str(x.get("key", "")), str(x.get("value", "")))
-        for x in http.get("headers") or ()
+        (str(x.get("key") or x.get("name") or ""), str(x.get("value", "")))
+        for x in _list(http.get("headers"))
         if isinstance(x, dict)
     ]
     return HTTPRequest(str(http.get("method") or "GET"), url, host, tuple(headers))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _number(value: Any) -> int:
@@ -237,9 +246,7 @@ def _number(value: Any) -> int:
     return value
 
 
-def _flow_end(scene: Scene, value: Any, address_text: Any) -> End:
-    if not isinstance(value, dict):
-        raise CliError("the flow does not say who was at its ends", code=Exit.INVALID)
+def _flow_end(scene: Scene, value: dict[str, Any], address_text: Any) -> End:
     address = None
     if isinstance(address_text, str):
         try:
@@ -248,7 +255,7 @@ def _flow_end(scene: Scene, value: Any, address_text: Any) -> End:
             raise CliError(
                 f"{address_text!r} in the flow is no address", code=Exit.INVALID
             ) from None
-    texts = [str(x) for x in value.get("labels") or ()]
+    texts = [str(x) for x in _list(value.get("labels"))]
     try:
         labels = Labels.parse(texts)
     except LabelError as error:

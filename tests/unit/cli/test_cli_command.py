@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -230,7 +231,7 @@ def test_why_writes_the_edit_into_the_file_itself(tmp_path: Path) -> None:
     assert run("why", "x", "web", "-p", "80", *given).exit_code == Exit.OK
 
 
-EVENT = {
+EVENT: dict[str, Any] = {
     "type": "drop",
     "verdict": "DENIED",
     "protocol": "TCP",
@@ -249,7 +250,7 @@ EVENT = {
         "name": None,
     },
 }
-FLOW = {
+FLOW: dict[str, Any] = {
     "flow": {
         "verdict": "DROPPED",
         "IP": {"source": "192.0.2.1", "destination": "10.0.0.1"},
@@ -262,6 +263,34 @@ FLOW = {
         },
     }
 }
+
+
+def test_why_reads_requests_of_flows(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    (tmp_path / "p.yaml").write_text(
+        POLICY.replace("app: front", "app: stranger")
+        + '          rules: {http: [{method: GET, path: "/public"}]}\n'
+    )
+    http = {
+        "method": "PUT",
+        "url": "http://web/secret?x=1",
+        "headers": [{"name": "a", "value": "b"}],
+    }
+    event = {**EVENT, "type": "l7", "http": http}
+    hubble = {
+        "flow": {
+            **FLOW["flow"],
+            "source": {"labels": EVENT["source"]["labels"], "pod_name": "stranger"},
+            "l7": {"type": "REQUEST", "http": {**http, "headers": [{"key": "a", "value": "b"}]}},
+        }
+    }
+    for flow in (event, hubble):
+        result = run("why", json.dumps(flow), *given, "-o", "json")
+        shape = json.loads(result.stdout)
+        assert shape["what"] == "80/TCP with PUT web/secret?x=1"
+        (denial,) = shape["denials"]
+        assert denial["cause"] == "request"
+        assert shape["edit"]["steps"][0]["value"] == {"method": "PUT", "path": "/secret\\?x=1"}
 
 
 @pytest.mark.parametrize(("flow", "source"), [(EVENT, "default/stranger"), (FLOW, "192.0.2.1")])
