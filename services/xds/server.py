@@ -186,7 +186,8 @@ class DiscoveryServer:
                     if stream.nacks != nacks:
                         _tell_refusal(attached, request)
                     self._hub.settle(attached, time.time())
-                    wake.set()
+                    if not stream.at_rest:
+                        wake.set()
                     del request  # an Envoy's description of itself is large
                     if (pause_s := bucket.take(now)) > 0:
                         await asyncio.sleep(pause_s)

@@ -218,6 +218,14 @@ class Stream:
         """How many names are to be looked at: about what the next responses will hold."""
         return sum(len(sub.dirty) for sub in self.subscriptions.values())
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether `send` has nothing to say, now or later, until something happens."""
+        for sub in self.subscriptions.values():
+            if sub.dirty or sub.gone or sub.groups or sub.owed or sub.resume or sub.refused:
+                return False
+        return True
+
     # ---- in
 
     def receive(self, request: Any, now: float) -> None:

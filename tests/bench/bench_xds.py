@@ -36,7 +36,7 @@ from tests.bench.figure import figure, percentile
 ROOT = Path(__file__).resolve().parents[2]
 STREAMS = 1000
 RESOURCES = 200
-CHANGES = 30
+CHANGES = 20
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 
 
@@ -92,7 +92,14 @@ async def serve(socket: Path) -> None:
                 for attached in hub.streams.values()
                 for sub in attached.stream.subscriptions.values()
             )
-            say({"rss": rss(), "streams": len(hub.streams), "held": held})
+            say(
+                {
+                    "rss": rss(),
+                    "cpu_s": time.process_time(),
+                    "streams": len(hub.streams),
+                    "held": held,
+                }
+            )
     await server.stop()
 
 
@@ -211,8 +218,10 @@ def bench_xds_fanout() -> list[dict[str, Any]]:
                 assert full["held"] == STREAMS * RESOURCES
                 for _ in range(3):
                     server.ask("change")
+                before = server.ask("rss")["cpu_s"]
                 took = [server.ask("change")["last_ack_s"] for _ in range(CHANGES)]
-                after = server.ask("rss")["rss"]
+                last = server.ask("rss")
+                after, cpu_s = last["rss"], (last["cpu_s"] - before) / CHANGES / STREAMS
     bare = asyncio.run(_bare_fanout())
     return [
         figure(
@@ -223,6 +232,7 @@ def bench_xds_fanout() -> list[dict[str, Any]]:
             less_is_better=True,
         ),
         figure("xds_change_to_last_ack_p50", statistics.median(took), "s"),
+        figure("xds_cpu_per_response_and_ack", cpu_s * 1e6, "us"),
         figure(
             "xds_fanout_to_bare_grpc",
             statistics.median(took),

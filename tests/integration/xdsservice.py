@@ -20,7 +20,7 @@ from services.xds.envoy.process import binary
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def eventually(check: Callable[[], Any], *, within_s: float = 15.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], *, within_s: float = 40.0, what: str = "") -> Any:
     """The first value that is true. A check that raises is not true yet."""
     deadline = time.monotonic() + within_s
     last: object = None
