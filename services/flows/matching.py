@@ -79,6 +79,8 @@ class _Lut:
     of: Condition
     source: object = None
     births: int = -1
+    asked_of: object = None
+    asked: int = 0
     answers: Mask = field(default_factory=lambda: np.zeros(0, bool))
 
     def __call__(self, dimensions: Dimensions, numbers: AnyArray, *, pairs: bool) -> Mask:
@@ -86,8 +88,12 @@ class _Lut:
         births = dimensions.pair_births if pairs else dimensions.meta_births
         size = len(born)
         known = self.source is dimensions.cache and self.births >= 0
-        if not known and len(numbers) * 4 < size:
-            return self.of(dimensions, numbers)
+        if not known:
+            # A table pays once as many were asked for one by one.
+            self.asked = len(numbers) + (self.asked if self.asked_of is dimensions.cache else 0)
+            self.asked_of = dimensions.cache
+            if self.asked * 4 < size:
+                return self.of(dimensions, numbers)
         if not known:
             self.answers = self.of(dimensions, np.arange(size))
         elif births != self.births:
