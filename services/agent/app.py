@@ -352,7 +352,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     )
 
     async def resync() -> None:
-        attach_reconciler.trigger_resync()
+        if attach_mode == "tcx":  # a filter costs netlink messages, and is nobody's pin
+            attach_reconciler.trigger_resync()
         device_reconciler.trigger_resync()
         await attach_reconciler.flush()
         await device_reconciler.flush()
