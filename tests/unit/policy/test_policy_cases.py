@@ -26,6 +26,7 @@ from cilia.policy import (
     parse_documents,
 )
 from cilia.policy.api import L4, DNSRule, FQDNSelector, HTTPRule, L7Rules, PortRule
+from cilia.policy.questions.requests import HTTPRequest, passes
 
 ROOT = Path(__file__).parents[3]
 NS = "k8s:io.kubernetes.pod.namespace"
@@ -788,6 +789,30 @@ def test_the_host_passes_the_proxy() -> None:
     engine.set_documents(rules)
     for text in ("7<host TCP 80", "-<host TCP 81"):
         probe(engine, E, text)
+
+
+@pytest.mark.parametrize(
+    ("rules", "peer", "request_", "passing"),
+    [
+        (http("{method: GET, path: /public}"), "a", HTTPRequest("GET", "/public"), True),  # 39
+        (http("{method: GET, path: /public}"), "a", HTTPRequest("GET", "/public/x"), False),
+        (http("{method: GET, path: /public}"), "a", HTTPRequest("POST", "/public"), False),
+        (http("{method: GET, path: /public$}"), "a", HTTPRequest("GET", "/public"), True),  # 40
+        (http("{}"), "a", HTTPRequest("PUT", "/any?x=y"), True),  # 41
+        (f"{http('{path: /}')}}}\n- {{{T80}", "a", HTTPRequest("GET", "/x"), True),  # 42
+        (f"{http('{path: /}')}}}\n- {{{A}, {T80}", "a", HTTPRequest("GET", "/x"), True),  # 43
+        (f"{http('{path: /}')}}}\n- {{{A}, {T80}", "b", HTTPRequest("GET", "/x"), False),
+        (f"{http('{path: /}')}}}\n- {{{A}, {T80}", "b", HTTPRequest("GET", "/"), True),
+    ],
+)
+def test_requests(rules: str, peer: str, request_: HTTPRequest, *, passing: bool) -> None:
+    """39, 40, 41, 42, 43: what the proxy is given lets pass what the rules say together."""
+    engine = PolicyEngine(enforcers=ALL_PARSERS)
+    engine.set_documents(parse(cnp(ingress(rules))))
+    found = engine.verdict(E, PEERS[peer], "ingress", 6, 80).l7
+    assert found is not None
+    allowed = any(x.rule is None or passes(x.rule, request_) for x in found.rules)
+    assert allowed is passing
 
 
 def test_what_a_proxy_is_given() -> None:
