@@ -465,6 +465,7 @@ class Calculation:
             fill=Fill(ports, resolved.ingress_enforced, resolved.egress_enforced),
             users=tuple(sorted(subject.users.values())),
             generation=self.generation,
+            unenforced=resolved.unenforced,
         )
         return subject.row
 
@@ -482,6 +483,7 @@ class Calculation:
             fill=row.fill,
             users=row.users,
             generation=self.generation,
+            unenforced=row.unenforced,
         )
         return subject.row
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from cilia.bpf.constants import POLICY_META_HAS_DENY
 from cilia.identity import EndpointID, NumericIdentity
-from cilia.policy import MapState
+from cilia.policy import MapState, Unenforced
 from services.agent.endpoint import SlotIndex, SubjectKey
 from services.agent.policyrows import Fill, Masks, PolicyRows
 
@@ -26,6 +26,7 @@ class PolicyMapRow:
     fill: Fill  # with ports of those proxies that are ready
     users: tuple[str, ...]  # endpoints that share it, for messages
     generation: int  # of the calculation that made it
+    unenforced: tuple[Unenforced, ...] = ()  # parts of rules that allow nothing here, and why
 
     @property
     def ingress_enforced(self) -> bool:

@@ -141,6 +141,12 @@ class Status:
         failing = self._regeneration.failing
         if failing:
             return Component("policy", "Failure", "; ".join(failing.values()))
+        used = {endpoint.realised for endpoint in self._endpoints}
+        rows = [x for x in self._regeneration.policies if x.subject in used]
+        idle = sorted({f"{x.rule}: {x.why}" for row in rows for x in row.unenforced})
+        if idle:
+            more = f" (and {len(idle) - 1} more)" if len(idle) > 1 else ""
+            return Component("policy", "Warning", f"allows nothing: {idle[0]}{more}")
         count = len(self._view.policies)
         what = "document" if count == 1 else "documents"
         source = "live" if self._view.live else "as last saved"

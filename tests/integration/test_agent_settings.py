@@ -134,6 +134,12 @@ NAMED = """
 """
 
 
+def state(node: AgentNode, name: str) -> tuple[str, str]:
+    """A component of the node's status."""
+    (found,) = [x for x in node.status().components if x.name == name]
+    return found.state, found.message
+
+
 def policy_rows(node: AgentNode, name: str) -> set[tuple[str, int, int]]:
     """(direction, identity, port) of the rows that the kernel has for an endpoint's ports."""
     request = pb.DumpPolicyRequest(ref=pb.EndpointRef(name=name))
@@ -179,5 +185,16 @@ def test_ports_by_name_are_the_destinations_own(node: AgentNode) -> None:
     node.start("agent")
     check()
     assert client.identity
+    assert "the endpoint has no port named 'web'" in state(node, "policy")[1]
+    node.delete("other")
+    eventually(
+        lambda: state(node, "policy") == ("Ok", "1 document in force, live"),
+        within_s=5,
+        what="every rule allows something",
+    )
+    node.apply(NAMED.replace("port: web}", "port: nobody}"))
+    found, message = state(node, "policy")
+    assert found == "Warning"
+    assert "no endpoint has a port named 'nobody'" in message
     with pytest.raises(grpc.RpcError, match="outside 1 to 65535"):
         node.workload("bad", "app=bad", ports=[pb.NamedPort(name="web")])

@@ -146,7 +146,7 @@ def test_without_an_enforcer_nothing_is_asked_of_proxies(tmp_path: Path) -> None
     assert calc.take_dirty() == {SUBJECT}
     assert calc.policy_row(SUBJECT).complete
     assert calc.l7_sets() == frozenset()
-    assert [x.why for x in calc.resolve(SUBJECT).unenforced] == [
+    assert [x.why for x in calc.policy_row(SUBJECT).unenforced] == [
         "http rules have no proxy to enforce them yet"
     ]
 
