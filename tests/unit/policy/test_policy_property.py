@@ -413,6 +413,7 @@ worlds = {
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
+@pytest.mark.timeout(120 + EXAMPLES)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=SLOW)
 @given(**worlds, probes=probes)
 def test_engine_mapstate_and_oracle_agree(**world: Any) -> None:
@@ -420,6 +421,7 @@ def test_engine_mapstate_and_oracle_agree(**world: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=max(EXAMPLES, 10_000), deadline=None, suppress_health_check=SLOW)
 @given(**worlds, probes=st.lists(probe, min_size=1, max_size=1))
 def test_ten_thousand_policy_sets_agree(**world: Any) -> None:
@@ -433,6 +435,7 @@ steps = st.lists(
 )
 
 
+@pytest.mark.timeout(120 + EXAMPLES)
 @settings(max_examples=max(EXAMPLES // 3, 20), deadline=None)
 @given(documents=document_lists(), steps=steps)
 def test_incremental_equals_from_scratch(
