@@ -16,6 +16,8 @@ Redirects ─▶ Translator    DiscoveryServer    AccessLogReceiver    Discovery
 
 from __future__ import annotations
 
+import contextlib
+import socket as sockets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +52,7 @@ from services.xds.server import (
 from services.xds.status import StatusReader
 from services.xds.stream import Limits
 from services.xds.translate.http import HttpTranslator, with_addresses
-from services.xds.translate.model import NodeSettings
+from services.xds.translate.model import LOOPBACKS, NodeSettings
 from services.xds.translate.secretfiles import SecretFiles
 from services.xds.translator import RedirectCounters, Translator
 
@@ -163,10 +165,24 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
     lifecycle.add("serving", _Serving(servers))
 
 
+def loopbacks() -> tuple[str, ...]:
+    """The loopback addresses there are: Envoy refuses a listener on one that there is not, and a
+    host may have IPv6 switched off.
+    """
+    found = []
+    for address in LOOPBACKS:
+        family = sockets.AF_INET6 if ":" in address else sockets.AF_INET
+        with contextlib.suppress(OSError), sockets.socket(family, sockets.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            found.append(address)
+    return tuple(found)
+
+
 def _redirects(
     config: XdsConfig, cache: ResourceCache, hub: Hub, controllers: ControllerSet
 ) -> Redirects:
     settings = NodeSettings(
+        listen=loopbacks(),
         denied_body=config.denied_body,
         access_log=config.access_log,
         access_log_headers=tuple(

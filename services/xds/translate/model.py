@@ -85,11 +85,14 @@ class Redirect:
         return ((self.direction, self.rules),)
 
 
+LOOPBACKS: Final = ("127.0.0.1", "::1")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
     """What holds for all redirects of a node. Times in seconds; 0 switches a limit off."""
 
-    listen: tuple[str, ...] = ("127.0.0.1", "::1")
+    listen: tuple[str, ...] = LOOPBACKS
     """Loopback only: TPROXY brings the packets there, and nothing else can."""
     ingress_mark: int = 0xA00
     egress_mark: int = 0xB00
