@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cilia.errors import Kind
@@ -41,6 +42,8 @@ WORLD_PORT = 80
 READY_TIMEOUT_S = 40.0
 PORT_TIMEOUT_S = 15.0
 POLL_S = 0.03
+
+_CALLED = {"identity": "identity", "xds": "xDS", "flows": "flow"}
 
 Say = Callable[[str], None]
 
@@ -237,43 +240,46 @@ async def _start_services(
         flows_argv=argv.flows if node.flows else (),
         agent_argv=argv.agent,
     )
-    lab = start_service(lab, node.name, "identity")
-    identity = lab.node(node.name).identity
-    assert identity is not None
-    await _until(
-        lambda: identity_answers(lab.node(node.name).identity_socket),
-        what="the identity service",
-        last=lambda: "no answer",
-        process_=identity,
-        log=names.log / f"{node.name}-identity.log",
-    )
+    item = lab.node(node.name)
+    lab = await _start(lab, node.name, "identity", partial(identity_answers, item.identity_socket))
     if node.xds:
-        lab = start_service(lab, node.name, "xds")
-        xds = lab.node(node.name).xds
-        assert xds is not None
-        await _until(
-            lambda: xds_answers(lab.node(node.name).xds_socket),
-            what="the xDS service",
-            last=lambda: "no answer",
-            process_=xds,
-            log=names.log / f"{node.name}-xds.log",
-        )
+        lab = await _start(lab, node.name, "xds", partial(xds_answers, item.xds_socket))
     lab = start_service(lab, node.name, "agent")
     await agent_ready(lab, node.name)
     if node.flows:
-        lab = start_service(lab, node.name, "flows")
-        flows = lab.node(node.name).flows
-        assert flows is not None
-        await _until(
-            lambda: flows_watch(lab.node(node.name).flows_socket),
-            what="the flow service",
-            last=lambda: "it does not hear the agent",
-            process_=flows,
-            log=names.log / f"{node.name}-flows.log",
+        lab = await _start(
+            lab,
+            node.name,
+            "flows",
+            partial(flows_watch, item.flows_socket),
+            last="it does not hear the agent",
         )
     started = ["identity", *(["xds"] if node.xds else []), "agent"]
     started += ["flows"] if node.flows else []
     say(f"{node.name}: {', '.join(started[:-1])} and {started[-1]} answer")
+    return lab
+
+
+async def _start(
+    lab: LabState,
+    node: str,
+    service: str,
+    ready: Callable[[], Awaitable[bool]],
+    *,
+    last: str = "no answer",
+) -> LabState:
+    """Start a service and wait until it is ready; `last` says what was missing when it never is."""
+    lab = start_service(lab, node, service)
+    item = lab.node(node)
+    started = {"identity": item.identity, "xds": item.xds, "flows": item.flows}[service]
+    assert started is not None
+    await _until(
+        ready,
+        what=f"the {_CALLED[service]} service",
+        last=lambda: last,
+        process_=started,
+        log=Names(lab.name).log / f"{node}-{service}.log",
+    )
     return lab
 
 
