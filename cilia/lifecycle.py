@@ -17,17 +17,22 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from cilia.controller import spawn
-from cilia.errors import DomainError, Kind
+from cilia.errors import DomainError, InvalidError, Kind
+from cilia.settings import LogSettings
 from cilia.telemetry import fields
+from cilia.telemetry.log import setup as set_up_log
 
 log = structlog.get_logger()
+
+Settings = TypeVar("Settings", bound=LogSettings)
 
 
 class ExitCode(enum.IntEnum):
@@ -191,6 +196,26 @@ class _TaskPart:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+
+def main(
+    service: str,
+    parse: Callable[[Sequence[str], Mapping[str, str]], Settings],
+    build: Callable[[Settings, Lifecycle], Awaitable[None]],
+) -> int:
+    """A service from its command line to its end; returns the process's exit code.
+
+    `parse(arguments, environment)` makes the settings and raises InvalidError for those that cannot
+    be, which are told on stderr; `build(settings, lifecycle)` makes the parts and adds them.
+    """
+    try:
+        settings = parse(sys.argv[1:], os.environ)
+        as_json = None if settings.log_format == "auto" else settings.log_format == "json"
+        set_up_log(service, level=settings.log_level, json=as_json)
+    except InvalidError as error:
+        sys.stderr.write(f"{service}: {error.explain()}\n")
+        return ExitCode.CONFIG
+    return run(partial(build, settings), service=service)
 
 
 def run(build: Callable[[Lifecycle], Awaitable[None]], *, service: str) -> int:

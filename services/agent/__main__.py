@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 
 from cilia import lifecycle
-from cilia.errors import InvalidError
-from cilia.lifecycle import ExitCode, Lifecycle
-from cilia.telemetry import log
 from services.agent.app import build
 from services.agent.options import parse
 
@@ -29,18 +25,7 @@ def _few_arenas() -> None:
 
 def main() -> int:
     _few_arenas()
-    try:
-        config, logging = parse(sys.argv[1:], os.environ)
-        as_json = None if logging.format == "auto" else logging.format == "json"
-        log.setup("agent", level=logging.level, json=as_json)
-    except InvalidError as error:
-        sys.stderr.write(f"agent: {error.explain()}\n")
-        return ExitCode.CONFIG
-
-    async def build_service(running: Lifecycle) -> None:
-        await build(config, running)
-
-    return lifecycle.run(build_service, service="agent")
+    return lifecycle.main("agent", parse, build)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ class AgentConfig:
     resync_interval_s: float = 60.0  # maps compared with what they should hold
     stop_grace_s: float = 2.0
 
+    log_level: str = "info"
+    log_format: str = "auto"
+
     @property
     def bpffs_root(self) -> Path:
         return self.bpffs if self.bpffs is not None else self.run_dir / "bpf"

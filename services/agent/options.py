@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from services.agent.hostpolicy import control_ports, node_labels
 ENV_PREFIX = "CILIA_AGENT_"
 _DEFAULT = AgentConfig(node="-")
 _SIZES = MapSizes()
-
-
-@dataclass(frozen=True, slots=True)
-class Logging:
-    level: str
-    format: str
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -203,7 +196,7 @@ def _port_range(flag: str, text: str, such_as: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig, Logging]:
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> AgentConfig:
     """Raises ConfigInvalid; a flag that does not exist ends the process with 2 (argparse)."""
     p = parser()
     # Given as text, so that the environment is read by the same types and choices as flags.
@@ -269,8 +262,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[AgentConfig,
         cidr_release_delay_s=a.cidr_release_delay,
         conntrack_gc_interval_s=a.conntrack_gc_interval,
         resync_interval_s=a.resync_interval,
+        log_level=a.log_level,
+        log_format=a.log_format,
     )
     check(config)
     node_labels(config.node_labels)
     control_ports(config.control_ports, config.metrics_address)
-    return config, Logging(a.log_level, a.log_format)
+    return config

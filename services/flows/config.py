@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
-from typing import Any
 
-from cilia.errors import InvalidError
+from cilia import settings
+from cilia.settings import ConfigError, check_bounds, check_logging
 
-ENV_PREFIX = "CILIA_FLOWS_"
 MIN_RING_ROWS = 1024
 MAX_RING_ROWS = 1 << 26
-
-
-class ConfigError(InvalidError):
-    """A setting that cannot be; the service refuses to start with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +80,16 @@ class FlowsConfig:
         return tuple(_address(text) for text in self.listen.split(",") if text.strip())
 
     def __post_init__(self) -> None:
-        bounds: dict[str, tuple[float, float]] = {
-            "ring_rows": (MIN_RING_ROWS, MAX_RING_ROWS),
-            "history_mb": (0, 1 << 24),
-            "history_age_s": (1, 3650 * 86_400),
-            "segment_rows": (1024, 1 << 22),
-            "segment_age_s": (0.1, 86_400),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"--{_flag(name)} {getattr(self, name):g} is outside {low:g} to {high:g}"
-                )
+        check_bounds(
+            self,
+            {
+                "ring_rows": (MIN_RING_ROWS, MAX_RING_ROWS),
+                "history_mb": (0, 1 << 24),
+                "history_age_s": (1, 3650 * 86_400),
+                "segment_rows": (1024, 1 << 22),
+                "segment_age_s": (0.1, 86_400),
+            },
+        )
         if self.ring_rows & (self.ring_rows - 1):
             raise ConfigError(
                 f"--ring-rows {self.ring_rows} is no power of two", cure="Try 1048576"
@@ -119,12 +111,7 @@ class FlowsConfig:
                     f"--listen {host}:{port} would send flows over the network in the clear",
                     cure="Give --tls-cert, --tls-key and --tls-client-ca, or a loopback address",
                 )
-        if self.log_format not in ("auto", "json", "console"):
-            raise ConfigError(f"--log-format {self.log_format!r} is not auto, json or console")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(
-                f"--log-level {self.log_level!r} is not debug, info, warning or error"
-            )
+        check_logging(self)
         if self.relay and not (self.peers_file or self.peer_service):
             raise ConfigError(
                 "a relay has nobody to ask", cure="Give --peers-file or --peer-service"
@@ -192,58 +179,15 @@ _HELP = {
     "log_format": "auto (JSON unless a terminal), json or console",
     "metrics_address": "host:port to serve Prometheus metrics at",
 }
-_TYPES: dict[str, type] = {
-    "Path": Path,
-    "Path | None": Path,
-    "str": str,
-    "int": int,
-    "float": float,
-}
-
-
-def _flag(name: str) -> str:
-    """Units of time are in the names of fields, and in the help of flags."""
-    return name.removesuffix("_s").replace("_", "-")
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> FlowsConfig:
     """Raises ConfigError; argparse itself ends the process for --help and unknown flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.flows",
+    return settings.parse(
+        FlowsConfig,
+        arguments,
+        environment,
+        service="flows",
         description="The flow service: flows of this node, kept, searched, and served.",
+        help_of=_HELP,
     )
-    for field in fields(FlowsConfig):
-        shown = "" if field.default in (None, "", False) else f" (default {field.default})"
-        if field.type == "bool":
-            parser.add_argument(
-                f"--{_flag(field.name)}",
-                dest=field.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=_HELP[field.name],
-            )
-            continue
-        parser.add_argument(
-            f"--{_flag(field.name)}",
-            dest=field.name,
-            type=_TYPES[str(field.type)],
-            default=argparse.SUPPRESS,
-            help=_HELP[field.name] + shown,
-        )
-    given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
-    for field in fields(FlowsConfig):
-        variable = ENV_PREFIX + _flag(field.name).replace("-", "_").upper()
-        if variable not in environment:
-            continue
-        text = environment[variable]
-        if field.type == "bool":
-            if text.lower() not in ("0", "1", "false", "true"):
-                raise ConfigError(f"{variable}={text!r} is neither true nor false")
-            values[field.name] = text.lower() in ("1", "true")
-            continue
-        try:
-            values[field.name] = _TYPES[str(field.type)](text)
-        except ValueError:
-            raise ConfigError(f"{variable}={text!r} is not a {field.type}") from None
-    return FlowsConfig(**(values | given))

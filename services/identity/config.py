@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cilia.errors import InvalidError
-
-ENV_PREFIX = "CILIA_IDENTITY_"
-
-
-class ConfigError(InvalidError):
-    """A setting that cannot be; the service refuses to start with it."""
+from cilia import settings
+from cilia.settings import check_bounds, check_logging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +47,20 @@ class IdentityConfig:
         return self.state_dir / "identity" / "store.sqlite"
 
     def __post_init__(self) -> None:
-        bounds: dict[str, tuple[float, float]] = {
-            "node_lease_ttl_s": (1, 86_400),
-            "gc_interval_s": (0.05, 86_400),
-            "quarantine_s": (1, 86_400),
-            "bookmark_s": (0.05, 60),
-            "history_revisions": (100, 10_000_000),
-            "history_age_s": (1, 7 * 86_400),
-            "watch_graves": (1, 1 << 20),
-            "max_watches": (1, 65_536),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"--{_flag(name)} {getattr(self, name):g} is outside {low:g} to {high:g}"
-                )
-        if self.log_format not in ("auto", "json", "console"):
-            raise ConfigError(f"--log-format {self.log_format!r} is not auto, json or console")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(
-                f"--log-level {self.log_level!r} is not debug, info, warning or error"
-            )
+        check_bounds(
+            self,
+            {
+                "node_lease_ttl_s": (1, 86_400),
+                "gc_interval_s": (0.05, 86_400),
+                "quarantine_s": (1, 86_400),
+                "bookmark_s": (0.05, 60),
+                "history_revisions": (100, 10_000_000),
+                "history_age_s": (1, 7 * 86_400),
+                "watch_graves": (1, 1 << 20),
+                "max_watches": (1, 65_536),
+            },
+        )
+        check_logging(self)
 
 
 _HELP = {
@@ -94,44 +80,15 @@ _HELP = {
     "log_format": "auto (JSON unless a terminal), json or console",
     "metrics_address": "host:port to serve Prometheus metrics at",
 }
-_TYPES: dict[str, type] = {
-    "Path": Path,
-    "Path | None": Path,
-    "str": str,
-    "int": int,
-    "float": float,
-}
-
-
-def _flag(name: str) -> str:
-    """Units are in the names of fields, and in the help of flags."""
-    return name.removesuffix("_s").replace("_", "-")
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> IdentityConfig:
     """Raises ConfigError; argparse itself ends the process for --help and unknown flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.identity",
+    return settings.parse(
+        IdentityConfig,
+        arguments,
+        environment,
+        service="identity",
         description="The identity service: cluster state over an embedded store.",
+        help_of=_HELP,
     )
-    for field in fields(IdentityConfig):
-        shown = "" if field.default in (None, "") else f" (default {field.default})"
-        parser.add_argument(
-            f"--{_flag(field.name)}",
-            dest=field.name,
-            type=_TYPES[str(field.type)],
-            default=argparse.SUPPRESS,
-            help=_HELP[field.name] + shown,
-        )
-    given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
-    for field in fields(IdentityConfig):
-        variable = ENV_PREFIX + _flag(field.name).replace("-", "_").upper()
-        if variable in environment:
-            try:
-                values[field.name] = _TYPES[str(field.type)](environment[variable])
-            except ValueError:
-                raise ConfigError(
-                    f"{variable}={environment[variable]!r} is not a {field.type}"
-                ) from None
-    return IdentityConfig(**(values | given))

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cilia.errors import InvalidError
-
-ENV_PREFIX = "CILIA_XDS_"
-
-
-class ConfigError(InvalidError):
-    """A setting that cannot be; the service refuses to start with it."""
+from cilia import settings
+from cilia.settings import ConfigError, check_bounds, check_logging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,21 +72,19 @@ class XdsConfig:
         return self.run_dir / "envoy" / "ads.sock"
 
     def __post_init__(self) -> None:
-        bounds: dict[str, tuple[float, float]] = {
-            "reload_s": (0.05, 3600),
-            "max_streams": (1, 1 << 20),
-            "max_streams_a_node": (1, 1 << 20),
-            "max_names": (1, 10_000_000),
-            "patience_s": (0.01, 60),
-            "retry_s": (0.1, 3600),
-            "proxy_concurrency": (1, 1024),
-            "log_capacity": (1, 10_000_000),
-        }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"--{_flag(name)} {getattr(self, name):g} is outside {low:g} to {high:g}"
-                )
+        check_bounds(
+            self,
+            {
+                "reload_s": (0.05, 3600),
+                "max_streams": (1, 1 << 20),
+                "max_streams_a_node": (1, 1 << 20),
+                "max_names": (1, 10_000_000),
+                "patience_s": (0.01, 60),
+                "retry_s": (0.1, 3600),
+                "proxy_concurrency": (1, 1024),
+                "log_capacity": (1, 10_000_000),
+            },
+        )
         if not self.proxy_node or len(self.proxy_node) > 256 or not self.proxy_node.isprintable():
             raise ConfigError(f"--proxy-node {self.proxy_node!r} is no node id")
         if len(self.denied_body) > 64 << 10:
@@ -104,12 +95,7 @@ class XdsConfig:
             raise ConfigError(
                 "there is nothing to serve", cure="Give --resources, or leave --no-redirects out"
             )
-        if self.log_format not in ("auto", "json", "console"):
-            raise ConfigError(f"--log-format {self.log_format!r} is not auto, json or console")
-        if self.log_level not in ("debug", "info", "warning", "error"):
-            raise ConfigError(
-                f"--log-level {self.log_level!r} is not debug, info, warning or error"
-            )
+        check_logging(self)
 
 
 _HELP = {
@@ -144,62 +130,13 @@ _HELP = {
 }
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise ValueError(text)
-
-
-_TYPES: dict[str, Any] = {
-    "Path": Path,
-    "Path | None": Path,
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": _boolean,
-}
-
-
-def _flag(name: str) -> str:
-    """Units are in the names of fields, and in the help of flags."""
-    return name.removesuffix("_s").replace("_", "-")
-
-
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> XdsConfig:
     """Raises ConfigError; argparse itself ends the process for --help and unknown flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.xds",
+    return settings.parse(
+        XdsConfig,
+        arguments,
+        environment,
+        service="xds",
         description="The xDS service: Envoy's and gRPC's control plane on this node.",
+        help_of=_HELP,
     )
-    for field in fields(XdsConfig):
-        shown = "" if field.default in (None, "") else f" (default {field.default})"
-        if field.type == "bool":
-            parser.add_argument(
-                f"--{_flag(field.name)}",
-                dest=field.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=_HELP[field.name] + shown,
-            )
-            continue
-        parser.add_argument(
-            f"--{_flag(field.name)}",
-            dest=field.name,
-            type=_TYPES[str(field.type)],
-            default=argparse.SUPPRESS,
-            help=_HELP[field.name] + shown,
-        )
-    given = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
-    for field in fields(XdsConfig):
-        variable = ENV_PREFIX + _flag(field.name).replace("-", "_").upper()
-        if variable in environment:
-            try:
-                values[field.name] = _TYPES[str(field.type)](environment[variable])
-            except ValueError:
-                raise ConfigError(
-                    f"{variable}={environment[variable]!r} is not a {field.type}"
-                ) from None
-    return XdsConfig(**(values | given))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.flows.config import ConfigError, parse
+from cilia.settings import ConfigError
+from services.flows.config import parse
 
 
 def test_defaults() -> None:
