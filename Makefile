@@ -8,7 +8,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
-TESTS := tests/unit tests/datapath tests/integration tests/e2e tests/kernels tests/lint
+# Those that share nothing of the machine run a file a processor; the others one after the other.
+TESTS_APART := tests/unit tests/datapath tests/lint
+TESTS_ALONE := tests/integration tests/e2e tests/kernels
+APART := -n auto --dist loadfile
 PYTEST_ARGS ?=
 
 # ---- for people
@@ -33,12 +36,18 @@ lab: setup bpf ## Start the Star Wars lab, and leave it running
 
 .PHONY: test
 test: setup bpf ## All tests but the slow ones (within 15 minutes)
-	@$(PYTHON_VENV) -m pytest $(wildcard $(TESTS)) -m "not slow" $(PYTEST_ARGS)
+	@failed=0; \
+	$(PYTHON_VENV) -m pytest $(TESTS_APART) $(APART) -m "not slow" $(PYTEST_ARGS) || failed=1; \
+	$(PYTHON_VENV) -m pytest $(TESTS_ALONE) -m "not slow" $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
 
 .PHONY: test-all
 test-all: export CILIA_PROPERTY_EXAMPLES ?= 2000
 test-all: setup bpf ## Slow and property tests too; CILIA_PROPERTY_EXAMPLES sets how many
-	@$(PYTHON_VENV) -m pytest $(wildcard $(TESTS)) $(PYTEST_ARGS)
+	@failed=0; \
+	$(PYTHON_VENV) -m pytest $(TESTS_APART) $(APART) $(PYTEST_ARGS) || failed=1; \
+	$(PYTHON_VENV) -m pytest $(TESTS_ALONE) $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
 
 .PHONY: bench
 bench: setup bpf ## Measure, each figure against its baseline; ONLY=name,... chooses
