@@ -106,7 +106,7 @@ def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
         store.note_namespaces(time.monotonic())
         ingest.tick()
 
-    controllers.add(Controller("tick", tick, resync_s=1.0))
+    controllers.add(Controller("tick", tick, resync_s=2.0))
     if segments is not None:
         history = History(
             store,
@@ -117,7 +117,7 @@ def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
         )
         # Stops after all that fills the store: what is not on disk then is written.
         lifecycle.add("history", history)
-        controllers.add(Controller("spill", history.spill_due, retry_s=1.0, resync_s=1.0))
+        controllers.add(Controller("spill", history.spill_due, retry_s=1.0, resync_s=2.0))
 
     metrics: FlowMetrics | None = None
     if config.metrics:

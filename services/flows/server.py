@@ -73,6 +73,14 @@ class Encoded:
             self.hits += 1
             self._made.move_to_end(key)
             return made
+        made = self._made[key] = self.once(rows, mask)
+        if len(self._made) > _ENCODED:
+            self._made.popitem(last=False)
+        return made
+
+    def once(self, rows: Rows, mask: FieldMask) -> bytes:
+        """For one reader alone: nothing is kept, so that memory that is in the processor's caches
+        is used again for the next batch."""
         encoder = self._encoders.get(mask)
         if encoder is None:
             encoder = self._encoders[mask] = Encoder(mask)
@@ -80,10 +88,7 @@ class Encoded:
                 self._encoders.popitem(last=False)
         else:
             self._encoders.move_to_end(mask)
-        made = self._made[key] = encoder.encode(rows)
-        if len(self._made) > _ENCODED:
-            self._made.popitem(last=False)
-        return made
+        return encoder.encode(rows)
 
 
 class _Lost:
@@ -179,7 +184,11 @@ class FlowServer:
                         continue
                     for at in range(0, len(item), _CHUNK):
                         part = item if len(item) <= _CHUNK else item.take(slice(at, at + _CHUNK))
-                        payloads.append(self._encoded.encode(part, mask, filters))
+                        payloads.append(
+                            self._encoded.encode(part, mask, filters)
+                            if query.follow and self.followers > 1
+                            else self._encoded.once(part, mask)
+                        )
                 for payload in payloads:
                     await call.send_framed(payload)
                 if cursor.state is State.DONE:
