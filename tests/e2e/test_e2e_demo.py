@@ -46,10 +46,11 @@ def until(run: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"the demo never said {text!r}:\n{read}")
 
 
+@pytest.mark.timeout(240)
 def test_every_expectation_holds_and_nothing_is_left(name: str) -> None:
     before = traces_of_ours()
     with demo(name) as run:
-        out, _ = run.communicate(timeout=100)
+        out, _ = run.communicate(timeout=200)
     assert run.returncode == 0, out
     assert "FAILED" not in out
     assert "\x1b[" not in out  # no terminal, no colours
@@ -86,6 +87,7 @@ spec:
 """
 
 
+@pytest.mark.slow  # it plays all acts but in vain: a minute and a half
 def test_it_fails_when_the_kernel_does_otherwise(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,98 @@ def test_following(fleet: Lab) -> None:
     finally:
         watch.send_signal(signal.SIGINT)
         assert watch.wait(10) == 0
+
+
+class Service:
+    """A flow service of the test's own, besides the lab's."""
+
+    def __init__(self, directory: Path, name: str, *options: str) -> None:
+        self.run_dir = directory / name
+        self.run_dir.mkdir(exist_ok=True)
+        words = ["--run-dir", str(self.run_dir), "--state-dir", str(self.run_dir), *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "services.flows", *words],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
+        self.process.wait(20)
+
+
+def told(fleet: Lab, relay: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """What a relay answers: flows with the time at their outside, and what it says on stderr."""
+    done = fleet.cilia.run(
+        "flows",
+        "observe",
+        "-o",
+        "json",
+        "--server",
+        f"unix://{relay}",
+        *(options or ("--all",)),
+    )
+    responses = [json.loads(line) for line in done.stdout.splitlines()]
+    return responses, done.stderr
+
+
+def whole(time_text: str) -> str:
+    """A time with all nine digits: protobuf's JSON leaves out those that are zero."""
+    seconds, _, fraction = time_text.removesuffix("Z").partition(".")
+    return f"{seconds}.{fraction:0<9}"
+
+
+def until(reached: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(240)
+def test_a_relay_over_two_services(fleet: Lab, tmp_path: Path) -> None:
+    """Merged in the order of time; one is killed and comes back, and its absence is shown."""
+    agent = ("--agent-socket", fleet.cilia.env["CILIA_AGENT_SOCK"], "--history-mb", "0")
+    first = fleet.cilia.env["CILIA_FLOWS_SERVER"]
+    second = tmp_path / "second" / "hubble.sock"
+    peers = tmp_path / "peers.yaml"
+    peers.write_text(
+        f"- {{name: first, address: '{first}'}}\n- {{name: second, address: 'unix://{second}'}}\n"
+    )
+    relay = tmp_path / "relay" / "relay.sock"
+    services = [
+        Service(tmp_path, "second", *agent),
+        Service(tmp_path, "relay", "--relay", "--peers-file", str(peers)),
+    ]
+
+    def reports(state: str) -> list[str]:
+        responses, _ = told(fleet, relay, "--last", "1")
+        return [
+            name
+            for r in responses
+            if r.get("node_status", {}).get("state_change") == state
+            for name in r["node_status"].get("node_names", [])
+        ]
+
+    try:
+        until(lambda: relay.exists() and sorted(reports("NODE_CONNECTED")) == ["first", "second"])
+        lands(fleet, "tiefighter")
+        # Both services hear one agent: what is new is told twice, what is old by the first alone.
+        until(lambda: len(told(fleet, second)[0]) > 0)
+        apart = len(observed(fleet)) + len(told(fleet, second)[0])
+        responses, _ = told(fleet, relay)
+        times = [whole(r["time"]) for r in responses if "flow" in r]
+        assert times == sorted(times)
+        assert len(times) >= apart
+        services[0].end(signal.SIGKILL)
+        until(lambda: reports("NODE_UNAVAILABLE") == ["second"])
+        assert told(fleet, relay)[0]
+        services[0] = Service(tmp_path, "second", *agent)
+        until(lambda: sorted(reports("NODE_CONNECTED")) == ["first", "second"])
+    finally:
+        for service in services:
+            service.end()
 
 
 def test_mistakes(fleet: Lab) -> None:
