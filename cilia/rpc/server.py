@@ -17,7 +17,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
@@ -26,10 +26,12 @@ from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cilia.errors import ConflictError, PreconditionError
-from cilia.pki.files import CertificateUnusable, Credentials, KeyPair
+from cilia.errors import ConflictError, DomainError, PreconditionError
 from cilia.rpc.interceptor import EdgeInterceptor
 from cilia.telemetry import fields
+
+if TYPE_CHECKING:  # it brings the cryptography library: 10 MB for who serves on a socket only
+    from cilia.pki.files import Credentials, KeyPair
 
 log = structlog.get_logger()
 
@@ -273,7 +275,7 @@ class TlsServer(_Listener):
             nonlocal last
             try:
                 pair = self._credentials.current()
-            except CertificateUnusable:  # pragma: no cover  # there was one at the start
+            except DomainError:  # pragma: no cover  # there was one at the start
                 return None
             if pair is last:
                 return None
