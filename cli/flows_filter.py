@@ -13,20 +13,14 @@ from typing import Any, Final
 
 import click
 
+from cilia.identity import RESERVED_BY_NAME
+from cli import flows_show
 from cli.errors import CliError, Exit
 from protos.hubble.v1 import flow_pb2
 
 VERDICTS: Final = ("FORWARDED", "DROPPED", "AUDIT", "REDIRECTED", "ERROR", "TRACED", "TRANSLATED")
 TYPES: Final = {"drop": 1, "trace": 4, "policy-verdict": 5, "trace-sock": 7, "l7": 129}
-POINTS: Final = {
-    "to-endpoint": 0, "to-proxy": 1, "to-host": 2, "to-stack": 3, "to-overlay": 4,
-    "from-endpoint": 5, "from-proxy": 6, "from-host": 7, "from-stack": 8, "from-overlay": 9,
-    "from-network": 10, "to-network": 11,
-}  # fmt: skip
-RESERVED: Final = {
-    "host": 1, "world": 2, "unmanaged": 3, "health": 4, "init": 5, "remote-node": 6,
-    "kube-apiserver": 7, "ingress": 8, "world-ipv4": 9, "world-ipv6": 10,
-}  # fmt: skip
+POINTS: Final = {name: number for number, name in flows_show.POINTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +84,9 @@ def _reason(text: str) -> int:
 def _identity(text: str) -> int:
     if text.isdigit() and int(text) < 1 << 32:
         return int(text)
-    if text in RESERVED:
-        return RESERVED[text]
-    raise _bad("identity", text, f"a number, or one of {', '.join(RESERVED)}")
+    if text in RESERVED_BY_NAME:
+        return RESERVED_BY_NAME[text]
+    raise _bad("identity", text, f"a number, or one of {', '.join(RESERVED_BY_NAME)}")
 
 
 def _flags(text: str) -> flow_pb2.TCPFlags:

@@ -13,6 +13,7 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cilia.identity import RESERVED, NumericIdentity
 from protos.hubble.v1 import flow_pb2, observer_pb2
 
 Part = str | tuple[str, str]
@@ -22,10 +23,6 @@ POINTS: Final = {
     0: "to-endpoint", 1: "to-proxy", 2: "to-host", 3: "to-stack", 4: "to-overlay",
     5: "from-endpoint", 6: "from-proxy", 7: "from-host", 8: "from-stack", 9: "from-overlay",
     10: "from-network", 11: "to-network",
-}  # fmt: skip
-RESERVED: Final = {
-    1: "host", 2: "world", 3: "unmanaged", 4: "health", 5: "init", 6: "remote-node",
-    7: "kube-apiserver", 8: "ingress", 9: "world-ipv4", 10: "world-ipv6",
 }  # fmt: skip
 STYLES: Final = {
     flow_pb2.FORWARDED: "green",
@@ -77,7 +74,7 @@ def party(endpoint: flow_pb2.Endpoint, address: str, port: int | None, names: li
 
 def identity(endpoint: flow_pb2.Endpoint) -> str:
     """`(ID:31234)`, or `(world)` for a reserved one."""
-    number = endpoint.identity
+    number = NumericIdentity(endpoint.identity)
     if not number:
         return ""
     return f"({RESERVED[number]})" if number in RESERVED else f"(ID:{number})"
