@@ -10,5 +10,6 @@
 Only `watch` is async; the rest blocks for microseconds to milliseconds (the kernel's RTNL lock may
 be held by others), so a service calls it through its own bounded executor. Everything called
 `ensure_` may be repeated; deleting what is absent succeeds. Offloads of veth devices stay as the
-kernel sets them: TSO and GSO across a veth pair are what makes bulk transfers fast.
+kernel sets them, but for the length of segments: TSO and GSO across a veth pair are what makes bulk
+transfers fast.
 """

@@ -43,6 +43,7 @@ from cilia.net.rtnl import (
     GET_LINK,
     GET_NEIGHBOUR,
     GET_ROUTE,
+    IFLA_GSO_IPV4_MAX_SIZE,
     NEW_ADDRESS,
     NEW_LINK,
     NEW_NEIGHBOUR,
@@ -61,6 +62,8 @@ Address = IPv4Address | IPv6Address
 Interface = IPv4Interface | IPv6Interface
 Network_ = IPv4Network | IPv6Network
 
+# The longest TCP segment of devices without BIG TCP (bytes; GSO_LEGACY_MAX_SIZE of the kernel).
+GSO_LEGACY_MAX: Final = 65536
 # Marks the routes that we made, so that `cleanup` finds them (rt_protos of iproute2 leave it free).
 ROUTE_PROTOCOL: Final = 193
 
@@ -89,6 +92,7 @@ _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 # linux/if_link.h, if_addr.h, rtnetlink.h, neighbour.h: what is read
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_LINK_NETNSID = 18, 20, 37
+_IFLA_GSO_MAX_SIZE, _IFLA_TSO_MAX_SIZE = 41, 59
 _IFLA_INFO_KIND = 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
@@ -121,6 +125,10 @@ class Link:
     link: int  # ifindex of the other end of a veth, or of the parent; 0 none
     foreign_link: bool  # `link` counts in another namespace
     alias: str
+    # Bytes of a segment that TCP may hand to the device; 0 where the kernel does not say.
+    gso_max: int = 0  # of both families before Linux 6.3, of IPv6 since
+    gso_ipv4_max: int = 0  # Linux 6.3
+    tso_max: int = 0  # to which either may be raised, Linux 5.19
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +178,7 @@ class HostDevice:
     addresses: tuple[Interface, ...]
     default_route: bool
     kind: str
+    gso_max: int = 0  # bytes of a segment, in the family that takes less
 
 
 class Network:
@@ -343,7 +352,15 @@ class Network:
         """The pair whose first end holds the node's router addresses; both ends here and up."""
         return self.ensure_veth(name, self, peer_name, mtu=mtu)
 
-    def _change(self, link: Link, *, mtu: int | None, mac: str | None, up: bool | None) -> bool:
+    def _change(
+        self,
+        link: Link,
+        *,
+        mtu: int | None,
+        mac: str | None,
+        up: bool | None,
+        gso_max: int | None = None,
+    ) -> bool:
         """Changes what differs; False when nothing does."""
         fields: dict[str, Any] = {}
         settings: list[tuple[str, Any]] = []
@@ -351,6 +368,8 @@ class Network:
             settings.append(("IFLA_MTU", mtu))
         if mac is not None and link.mac != _mac(mac):
             settings.append(("IFLA_ADDRESS", _mac(mac)))
+        if gso_max is not None:
+            settings += _gso_settings(link, gso_max)
         if up is not None and link.up != up:
             fields = {"flags": _IFF_UP if up else 0, "change": _IFF_UP}
         if not settings and not fields:
@@ -359,11 +378,22 @@ class Network:
         return self._nl.request(NEW_LINK, {"index": link.index, **fields}, settings, what=what)
 
     def ensure_link(
-        self, name: str, *, mtu: int | None = None, mac: str | None = None, up: bool | None = None
+        self,
+        name: str,
+        *,
+        mtu: int | None = None,
+        mac: str | None = None,
+        up: bool | None = None,
+        gso_max: int | None = None,
     ) -> Link:
-        """Makes an existing link have these settings. Raises InterfaceGone."""
+        """Makes an existing link have these settings. Raises InterfaceGone.
+
+        `gso_max` is the longest segment (bytes) that TCP makes for the device. More than
+        GSO_LEGACY_MAX is BIG TCP: a kernel, or a device, that has less of it gets what it has.
+        """
         link = self.link(name)
-        return self.link(name) if self._change(link, mtu=mtu, mac=mac, up=up) else link
+        changed = self._change(link, mtu=mtu, mac=mac, up=up, gso_max=gso_max)
+        return self.link(name) if changed else link
 
     def rename_link(self, device: str | int, name: str) -> None:
         """The link must be down on kernels before 6.2."""
@@ -589,6 +619,7 @@ class Network:
                 addresses=tuple(addresses.get(link.index, ())),
                 default_route=link.index in defaults,
                 kind=link.kind,
+                gso_max=min(link.gso_max, link.gso_ipv4_max or GSO_LEGACY_MAX),
             )
             for link in sorted(self.links(), key=lambda link: link.index)
             if link.up
@@ -706,7 +737,21 @@ def parse_link(message: Message) -> Link:
         link=as_u32(found.get(_IFLA_LINK)),
         foreign_link=_IFLA_LINK_NETNSID in found,
         alias=as_text(found.get(_IFLA_IFALIAS)),
+        gso_max=as_u32(found.get(_IFLA_GSO_MAX_SIZE)),
+        gso_ipv4_max=as_u32(found.get(IFLA_GSO_IPV4_MAX_SIZE)),
+        tso_max=as_u32(found.get(_IFLA_TSO_MAX_SIZE)),
     )
+
+
+def _gso_settings(link: Link, wanted: int) -> list[tuple[str, Any]]:
+    """What differs. Of IPv6 first: a value of up to GSO_LEGACY_MAX is that of IPv4 too."""
+    size = min(wanted, link.tso_max or GSO_LEGACY_MAX)
+    settings: list[tuple[str, Any]] = []
+    if link.gso_max and link.gso_max != size:
+        settings.append(("IFLA_GSO_MAX_SIZE", size))
+    if link.gso_ipv4_max and link.gso_ipv4_max != size:
+        settings.append(("IFLA_GSO_IPV4_MAX_SIZE", size))
+    return settings
 
 
 def parse_address(message: Message) -> DeviceAddress | None:

@@ -44,6 +44,8 @@ NEW_RULE: Final = 32
 DELETE_RULE: Final = 33
 GET_RULE: Final = 34
 
+IFLA_GSO_IPV4_MAX_SIZE: Final = 63
+
 NLM_F_REPLACE: Final = 0x100
 NLM_F_EXCL: Final = 0x200
 NLM_F_CREATE: Final = 0x400
@@ -300,8 +302,16 @@ def _classes() -> dict[int, Any]:
     from pyroute2.netlink.rtnl.ndmsg import ndmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+    class LinkMessage(ifinfmsg):  # type: ignore[misc]  # pyroute2 is untyped
+        """With the attributes of Linux 6.3 (linux/if_link.h), of which pyroute2 has no names."""
+
+        nla_map = (
+            *((kind, *entry) for kind, entry in enumerate(ifinfmsg.nla_map)),
+            (IFLA_GSO_IPV4_MAX_SIZE, "IFLA_GSO_IPV4_MAX_SIZE", "uint32"),
+        )
+
     return {
-        NEW_LINK: ifinfmsg,
+        NEW_LINK: LinkMessage,
         NEW_ADDRESS: ifaddrmsg,
         NEW_ROUTE: rtmsg,
         NEW_NEIGHBOUR: ndmsg,

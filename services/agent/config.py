@@ -90,6 +90,7 @@ class AgentConfig:
     pool4: IPv4Network = DEFAULT_POOL4
     pool6: IPv6Network = DEFAULT_POOL6
     mtu: int = 0  # 0: that of the device with the default route, else 1500
+    big_tcp: bool = True  # as far as kernel and devices have it
     devices: tuple[str, ...] = ()  # empty: every device with a global address
     masquerade4: bool = True
     masquerade6: bool = True

@@ -25,7 +25,7 @@ from ipaddress import (
 from typing import Final
 
 from cilia.net import sysctl
-from cilia.net.device import DeviceAddress, HostDevice, Link, Network, Route
+from cilia.net.device import GSO_LEGACY_MAX, DeviceAddress, HostDevice, Link, Network, Route
 from cilia.net.errors import InterfaceGone
 from cilia.net.watch import NetworkEvent, watch_network
 from cilia.table import ReadTable, Table
@@ -38,6 +38,7 @@ HOST_DEVICE: Final = "cilia_host"
 _HOST_PEER: Final = "cilia_net"
 _OWN_PREFIXES: Final = ("cil", "lxc")
 _DEFAULT_MTU: Final = 1500
+_BIG_TCP_BYTES: Final = 192 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class HostNetwork:
         self._names: frozenset[str] = frozenset()
         self._own: set[int] = set()  # indexes of endpoints' interfaces
         self.mtu = config.mtu or _DEFAULT_MTU
+        self.gso_max = GSO_LEGACY_MAX
         self.node_ip = ""
 
     @property
@@ -170,6 +172,10 @@ class HostNetwork:
         default = [device for device in chosen if device.default_route] or chosen
         if not self._config.mtu:
             self.mtu = min((device.mtu for device in default), default=_DEFAULT_MTU)
+        if self._config.big_tcp:
+            # A device that takes less has longer segments cut to packets by this node's processors.
+            taken = min((device.gso_max for device in view.devices), default=_BIG_TCP_BYTES)
+            self.gso_max = max(min(taken, _BIG_TCP_BYTES), GSO_LEGACY_MAX)
         self._devices.replace_all(_device_row(device) for device in chosen)
         self._devices.mark_synced()
         addresses = [row.ipv4 for row in self._devices if row.ipv4 is not None]

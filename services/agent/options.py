@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ipv4-pool", default=str(_DEFAULT.pool4), help="endpoints' IPv4 addresses")
     add("--ipv6-pool", default=str(_DEFAULT.pool6), help="endpoints' IPv6 addresses")
     add("--mtu", type=int, default=0, help="0: that of the default route's device")
+    add(
+        "--big-tcp",
+        choices=["auto", "off"],
+        default="auto",
+        help="endpoints' TCP segments beyond 64 KiB, if every device of the node takes them",
+    )
     add("--devices", default="", help="comma separated; empty: all with a global address")
     on_off = ["on", "off"]
     add("--masquerade-ipv4", choices=on_off, default="on", help="hide endpoints from the world")
@@ -229,6 +235,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> AgentConfig:
         pool4=pool4,
         pool6=pool6,
         mtu=a.mtu,
+        big_tcp=a.big_tcp == "auto",
         devices=tuple(name for name in a.devices.split(",") if name),
         masquerade4=a.masquerade_ipv4 == "on",
         masquerade6=a.masquerade_ipv6 == "on",

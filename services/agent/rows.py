@@ -176,6 +176,7 @@ class LinkRow:
     ipv4: IPv4Address | None
     ipv6: IPv6Address | None
     mtu: int
+    gso_max: int  # bytes of the longest TCP segment
 
     @staticmethod
     def table_header() -> tuple[str, ...]:

@@ -132,6 +132,7 @@ class Wiring:
             ipv4=endpoint.ipv4,
             ipv6=endpoint.ipv6,
             mtu=self._host.mtu,
+            gso_max=self._host.gso_max,
         )
 
     async def connect(self, endpoint: Endpoint) -> None:

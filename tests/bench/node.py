@@ -19,6 +19,8 @@ from typing import Any
 
 import grpc
 
+from cilia.net.device import Network
+from cilia.net.netns import NetNS
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from protos.common.v1 import common_pb2
 
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PREFIX = "cilt-"
 START_S = 30.0
 STOP_S = 10.0
+BIG_TCP_BYTES = 192 * 1024
 CALL_S = 30.0
 COMMAND_S = 60.0
 
@@ -82,7 +85,7 @@ def _remove(directory: Path) -> None:
 class Node:
     """One node. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, big_tcp: bool = False) -> None:
         self.base = f"{PREFIX}{os.getpid()}-bench"
         self.netns = f"{self.base}-node"
         self.directory = Path("/run") / self.base
@@ -90,6 +93,7 @@ class Node:
         self._namespaces: list[str] = []
         self._services: dict[str, subprocess.Popen[bytes]] = {}
         self._channel: Any = None
+        self._big_tcp = big_tcp  # whether the device to the world takes segments beyond 64 KiB
 
     def __enter__(self) -> Node:
         sweep()
@@ -105,6 +109,9 @@ class Node:
             command("ip", "-n", world, "link", "set", "down0", "up")
             command(*here, "addr", "add", "198.18.0.1/24", "dev", "up0")
             command(*here, "link", "set", "up0", "up")
+            if self._big_tcp:
+                with NetNS.open(f"/run/netns/{self.netns}") as netns, Network(netns) as network:
+                    network.ensure_link("up0", gso_max=BIG_TCP_BYTES)
             command(*here, "route", "add", "default", "via", "198.18.0.254")
             self.start("identity")
             self.start("agent")

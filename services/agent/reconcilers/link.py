@@ -84,7 +84,7 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
     def _connect(self, row: LinkRow) -> None:
         host = self._datapath.host_network()
         sysctl.set_device(row.host_interface, sysctl.HOST_SIDE)
-        host.ensure_link(row.host_interface, mtu=row.mtu, up=True)
+        host.ensure_link(row.host_interface, mtu=row.mtu, up=True, gso_max=row.gso_max)
         try:
             self._connect_workload(row)
         except NamespaceGone:
@@ -101,7 +101,7 @@ class LinkReconciler(Reconciler[EndpointID, LinkRow]):
             if netns.inode[1] != row.netns_inode:
                 raise NamespaceGone(f"the name {row.netns} is that of another namespace now")
             sysctl.set_device(row.interface, sysctl.WORKLOAD, netns=netns)
-            link = workload.ensure_link(row.interface, mtu=row.mtu, up=True)
+            link = workload.ensure_link(row.interface, mtu=row.mtu, up=True, gso_max=row.gso_max)
             with workload.together():
                 for address, router, default in self._addresses(row):
                     workload.ensure_address(link.index, ip_interface(address))
