@@ -48,13 +48,6 @@ def table(family: str, name: str) -> list[dict[str, Any]] | None:
     return [_without_handles(item) for item in found if "metainfo" not in item]
 
 
-def base_chains(hook: str) -> list[dict[str, Any]]:
-    """The base chains on a hook, of all tables: family, table, name, policy. Raises NftError."""
-    found = json.loads(_run("-j", "list", "chains"))["nftables"]
-    chains = [item["chain"] for item in found if "chain" in item]
-    return [chain for chain in chains if chain.get("hook") == hook]
-
-
 def _without_handles(item: dict[str, Any]) -> dict[str, Any]:
     return {
         kind: {key: value for key, value in what.items() if key != "handle"}

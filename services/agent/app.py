@@ -56,6 +56,7 @@ from services.agent.dumps import Dumps
 from services.agent.endpoint import CLOSING, EndpointState
 from services.agent.endpointtable import Endpoints
 from services.agent.eventmeta import EventMeaning
+from services.agent.firewall import Firewall
 from services.agent.host import HostNetwork
 from services.agent.hostpolicy import (
     HostConnections,
@@ -198,6 +199,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
 
     proxy.on_moved(on_proxies_moved)
     proxy.trigger_by(lambda: controllers.trigger("proxy-routing"))
+    proxy.on_nftables(lambda: controllers.trigger("host-firewall"))
     policy_known = asyncio.Condition()
     policy_changed = asyncio.Event()
 
@@ -249,6 +251,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         links=links,
         link=link_reconciler,
     )
+
+    firewall = Firewall(lambda: [device.name for device in host.devices])
 
     # ---- endpoints
     lives = EndpointLives(
@@ -380,6 +384,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("proxy-log", l7_log.follow, retry_s=0.2, retry_max_s=1.0, resync_s=0.1),
         Controller("proxy-routing", proxy.keep_routing, min_interval_s=0.2, resync_s=10.0),
         Controller("proxy-release", proxy.release, resync_s=5.0),
+        Controller("host-firewall", firewall.look, min_interval_s=5.0, resync_s=60.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),
@@ -427,6 +432,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         host=host,
         monitor=monitor,
         proxy=proxy,
+        firewall=firewall,
         controllers=controllers,
         tables=all_tables,
         kernel_audit=kernel_audit,

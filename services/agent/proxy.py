@@ -84,6 +84,7 @@ class Proxy:
         self._watcher: tproxy.Watcher | None = None
         self._moved: Callable[[frozenset[str]], None] = lambda _: None
         self._trigger: Callable[[], None] = lambda: None
+        self._tables_changed: Callable[[], None] = lambda: None
 
     def on_moved(self, told: Callable[[frozenset[str]], None]) -> None:
         """Whom to tell of sets whose port is another now."""
@@ -92,6 +93,10 @@ class Proxy:
     def trigger_by(self, trigger: Callable[[], None]) -> None:
         """How to ask for `keep_routing`: the controller's trigger."""
         self._trigger = trigger
+
+    def on_nftables(self, told: Callable[[], None]) -> None:
+        """Whom to tell that somebody changed some table of nftables."""
+        self._tables_changed = told
 
     # ---- lifecycle
 
@@ -126,6 +131,8 @@ class Proxy:
         self._watcher.drain(watcher)  # type: ignore[arg-type]  # one of its sockets
         if self.redirects.ports:
             self._trigger()
+        if watcher is self._watcher.table:
+            self._tables_changed()
 
     # ---- from policy
 

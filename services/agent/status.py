@@ -14,6 +14,7 @@ from services.agent.clusterwatch import ClusterView
 from services.agent.datapath import Datapath
 from services.agent.endpoint import EndpointState
 from services.agent.endpointtable import Endpoints
+from services.agent.firewall import Firewall
 from services.agent.host import HostNetwork
 from services.agent.identityalloc import IdentityAllocator
 from services.agent.ipam import Ipam, PoolStatus
@@ -69,6 +70,7 @@ class Status:
         host: HostNetwork,
         monitor: Monitor,
         proxy: Proxy,
+        firewall: Firewall,
         controllers: ControllerSet,
         tables: Callable[[], tuple[TableDump, ...]],
         problems: list[str],
@@ -85,6 +87,7 @@ class Status:
         self._host = host
         self._monitor = monitor
         self._proxy = proxy
+        self._firewall = firewall
         self._controllers = controllers
         self._tables = tables
         self._problems = problems
@@ -97,6 +100,7 @@ class Status:
             self._policy(),
             self._programs(),
             self._redirects(),
+            self._host_firewall(),
             self._endpoint_component(),
             self._node_itself(),
             self._kernel_proof(),
@@ -164,11 +168,18 @@ class Status:
         wrong = self._proxy.status()
         if wrong:
             return Component("proxy", "Warning", "; ".join(wrong))
-        needed = [x for x in self._proxy.redirects.listeners.values() if x.idle_since is None]
+        needed = self._needed_listeners()
         if not needed:
             return Component("proxy", "Ok", "no L7 rules")
         connected = "" if self._proxy.connected else ", the xds service is not reached"
-        return Component("proxy", "Ok", f"{len(needed)} L7 rule sets are enforced{connected}")
+        return Component("proxy", "Ok", f"{needed} L7 rule sets are enforced{connected}")
+
+    def _needed_listeners(self) -> int:
+        return sum(x.idle_since is None for x in self._proxy.redirects.listeners.values())
+
+    def _host_firewall(self) -> Component:
+        state, sentence = self._firewall.summary(redirects=self._needed_listeners() > 0)
+        return Component("firewall", state, sentence)
 
     def _endpoint_component(self) -> Component:
         failing = [e for e in self._endpoints if e.message]
