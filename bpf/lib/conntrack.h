@@ -282,11 +282,6 @@ static __always_inline int ct_create(struct work *w, __u32 how)
 	return 0;
 }
 
-static __always_inline bool packet_is_syn(const struct packet *p)
-{
-	return p->proto == PROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-}
-
 /* Is the policy of those ends in force that are local? */
 static __always_inline bool flow_is_open(const struct flow *f)
 {

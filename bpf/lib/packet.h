@@ -95,6 +95,11 @@ static __always_inline bool is_igmp(const struct packet *p)
 	return p->proto == PROTO_IGMP && addr_is_ip4(&p->saddr);
 }
 
+static __always_inline bool packet_is_syn(const struct packet *p)
+{
+	return p->proto == PROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
 static __always_inline bool packet_is_echo_request(const struct packet *p)
 {
 	return (p->flags & PKT_ECHO) &&

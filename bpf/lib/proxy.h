@@ -64,33 +64,52 @@ static __always_inline int proxy_choose(__be16 egress_be, __be16 ingress_be, __b
 	return 0;
 }
 
+/* Whose is a socket that a packet of a redirected connection might go to? */
+enum socket_owner {
+	SOCKET_OF_LISTENER, /* of the listener that the packet is for, or this listener itself */
+	SOCKET_OF_ANOTHER,  /* of another listener of the proxy: other rules */
+	SOCKET_OF_STRANGER, /* of a service of this node */
+};
+
 /*
- * Is this socket the proxy's end of the packet's connection? One that is being
- * made, which only the proxy's can be here, or one that has the proxy's mark,
- * which takes CAP_NET_ADMIN to set.
+ * The mark names the proxy and the listener, whose connections inherit it. To
+ * set one takes CAP_NET_ADMIN, or CAP_NET_RAW from Linux 5.17 on.
  */
-static __always_inline bool is_proxy_connection(struct bpf_sock *sk)
+static __always_inline enum socket_owner socket_owner(__u32 mark, __be16 port_be)
 {
-	if (sk->state == TCP_STATE_NEW_SYN_RECV)
-		return true;
-	if (sk->state == TCP_STATE_LISTEN || sk->state == TCP_STATE_TIME_WAIT)
-		return false;
-	sk = bpf_sk_fullsock(sk);
-	return sk && mark_is_from_proxy(sk->mark);
+	return !mark_is_from_proxy(mark) ? SOCKET_OF_STRANGER :
+	       mark >> 16 == port_be	 ? SOCKET_OF_LISTENER :
+					   SOCKET_OF_ANOTHER;
 }
 
-static __always_inline bool is_proxy_listener(struct bpf_sock *sk)
+/* The end of the packet's connection here: one that is open, or is being made. */
+static __always_inline enum socket_owner connection_owner(struct bpf_sock *sk, __be16 port_be)
+{
+	if (sk->state == TCP_STATE_LISTEN || sk->state == TCP_STATE_TIME_WAIT)
+		return SOCKET_OF_STRANGER;
+	/* One that is being made has no mark yet but that of who listens. */
+	sk = sk->state == TCP_STATE_NEW_SYN_RECV ? bpf_get_listener_sock(sk) : bpf_sk_fullsock(sk);
+	return sk ? socket_owner(sk->mark, port_be) : SOCKET_OF_STRANGER;
+}
+
+static __always_inline bool is_proxy_listener(struct bpf_sock *sk, __be16 port_be)
 {
 	if (sk->state != TCP_STATE_LISTEN)
 		return false;
 	sk = bpf_sk_fullsock(sk);
-	return sk && mark_is_from_proxy(sk->mark);
+	return sk && socket_owner(sk->mark, port_be) == SOCKET_OF_LISTENER;
 }
 
-/* Give work()->p the socket that it is for: its connection's, or the listener's on this port. */
+/*
+ * Give work()->p the socket that it is for: its connection's, or the listener's
+ * on this port. What the proxy has open was accepted by one listener and obeys
+ * its rules until it ends: for packets that are for another one now there is no
+ * way but to end it, which a SYN (answered by a question) and a RST do.
+ */
 __noinline int proxy_assign(struct __sk_buff *ctx, __u32 port)
 {
 	struct bpf_sock_tuple tuple = {};
+	enum socket_owner owner;
 	struct work *w = work();
 	struct bpf_sock *sk;
 	__u32 size;
@@ -113,7 +132,13 @@ __noinline int proxy_assign(struct __sk_buff *ctx, __u32 port)
 	}
 	sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (sk) {
-		err = is_proxy_connection(sk) ? bpf_sk_assign(ctx, sk, 0) : -1;
+		owner = connection_owner(sk, bpf_htons(port));
+		if (owner == SOCKET_OF_ANOTHER && !packet_is_syn(&w->p) &&
+		    !(w->p.tcp_flags & TCP_RST)) {
+			bpf_sk_release(sk);
+			return -DROP_PROXY_OTHER;
+		}
+		err = owner == SOCKET_OF_STRANGER ? -1 : bpf_sk_assign(ctx, sk, 0);
 		bpf_sk_release(sk);
 		if (!err)
 			return 0;
@@ -129,7 +154,7 @@ __noinline int proxy_assign(struct __sk_buff *ctx, __u32 port)
 	sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return -DROP_NO_SOCKET;
-	if (!is_proxy_listener(sk)) {
+	if (!is_proxy_listener(sk, bpf_htons(port))) {
 		bpf_sk_release(sk);
 		return -DROP_NO_SOCKET;
 	}

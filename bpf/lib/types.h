@@ -120,7 +120,8 @@ _Static_assert(sizeof(struct policy_meta) == 24, "struct policy_meta");
 /*
  * skb->mark, Cilium's numbers: what a packet says of itself within the node.
  * What is to be delivered to the proxy has its port in the upper half, in
- * network order; what the proxy's own sockets send has a mark of theirs.
+ * network order; what the proxy's own sockets send has a mark of theirs, and
+ * those of a listener and of what it accepted have its port there.
  */
 #define MARK_MAGIC_MASK         0x0f00u
 #define MARK_TO_PROXY           0x0200u

@@ -68,7 +68,7 @@ def _listener(port: int, address: str, prefix: str, mark: int) -> dict[str, Any]
         "address": {"socket_address": {"address": address, "port_value": port}},
         "transparent": True,
         "enable_reuse_port": False,
-        "socket_options": [{**_mark(mark), "state": "STATE_PREBIND"}],
+        "socket_options": [{**_mark(mark | socket.htons(port) << 16), "state": "STATE_PREBIND"}],
         "listener_filters": [
             {
                 "name": "original_dst",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scapy.layers.inet import TCP as TCPHeader
 from scapy.layers.l2 import Ether
+from scapy.packet import Packet
 
 from cilia.bpf import Link, attach_tc, constants, dropreason, layout
 from cilia.bpf.dropreason import SOCKET_ASSIGN_FAILED
@@ -33,12 +36,14 @@ from tests.datapath.harness import (
     ROUTER6,
     TC_OK,
     TC_SHOT,
+    Endpoint,
     Rule,
 )
 from tests.datapath.packets import tcp, udp
 from tests.datapath.test_datapath_traffic import Live, remote
 
 TCP = 6
+TCP_REPAIR = 19  # tcp(7); the socket module lacks it
 OUT_PORT, IN_PORT, BOTH_PORT = 10001, 10002, 10003
 WEB, PLAIN = 8000, 8001
 FROM_INGRESS, FROM_EGRESS = constants.MARK_FROM_INGRESS_PROXY, constants.MARK_FROM_EGRESS_PROXY
@@ -170,14 +175,41 @@ class Proxied(Live):
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
 
+    def inject(self, space: str, sender: Endpoint, packet: Packet) -> None:
+        """A packet as the workload's stack would not send it."""
+
+        def send() -> None:
+            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+                raw.bind(("eth0", 0))
+                raw.send(bytes(Ether(src=sender.mac, dst=sender.node_mac) / packet))
+
+        self.spaces[space].call(send)
+
+    @contextlib.contextmanager
+    def listening(self, space: str) -> Iterator[Iterator[Packet]]:
+        """What the workload's interface carries from now on. Raises TimeoutError after 2 s."""
+
+        def tap() -> socket.socket:
+            made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+            made.settimeout(2)
+            made.bind(("eth0", 0x0003))
+            return made
+
+        with self.spaces[space].call(tap) as raw:
+            yield (Ether(raw.recv(65_536)) for _ in itertools.count())
+
     @contextlib.contextmanager
     def connected(
-        self, space: str, target: str, port: int = WEB, timeout: float = 0.5
+        self, space: str, target: str, port: int = WEB, timeout: float = 0.5, source: int = 0
     ) -> Iterator[http.client.HTTPConnection]:
         """An open connection. Raises OSError."""
-        client = self.socket(space, socket.SOCK_STREAM, "::" if ":" in target else None)
+        thread = self.thread if space == "node" else self.spaces[space]
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        client = thread.call(lambda: socket.socket(family, socket.SOCK_STREAM))
         try:
             client.settimeout(timeout)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind(("", source))
             client.connect((target, port))
             connection = http.client.HTTPConnection(target, port)
             connection.sock = client
@@ -295,6 +327,68 @@ def test_what_policy_says_next(net: Proxied, serve: None, v6: bool) -> None:
         with pytest.raises(TimeoutError):
             ask_again(connection, "/in/x")
     assert net.ask("a", address, "/out/x")[0] == 200
+
+
+def test_an_open_connection_is_of_its_own_listener(net: Proxied, serve: None, v6: bool) -> None:
+    """Whose connection was cut cannot give it another verdict by a SYN of its own making.
+
+    What the proxy has open was accepted by one listener, and its requests are judged by that one's
+    rules for as long as it is open.
+    """
+    address = net.b.ip(v6)
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    with net.connected("a", address) as connection:
+        assert ask_again(connection, "/out/x") == 200
+        net.policy(net.a, [*ALL, replace(EGRESS_L7, proxy=IN_PORT)])
+        client = connection.sock
+        net.inject("a", net.a, tcp(v6, net.a, net.b, "S", client.getsockname()[1], WEB))
+        with pytest.raises(TimeoutError):
+            ask_again(connection, "/out/x")
+    assert drops_of(net, dropreason.OTHER_PROXY)
+    assert net.ask("a", address, "/in/x")[0] == 200
+
+    # Nor when nobody knows the connection any more.
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    with net.connected("a", address) as connection:
+        assert ask_again(connection, "/out/x") == 200
+        net.policy(net.a, [*ALL, replace(EGRESS_L7, proxy=IN_PORT)])
+        entries = net.map("cilia_ct")
+        for key in list(entries.keys()):
+            entries.delete(key)
+        with pytest.raises(TimeoutError):
+            ask_again(connection, "/out/x")
+        port = connection.sock.getsockname()[1]
+        connection.sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)  # closed without a word
+    # The proxy still has it, but asks whoever begins anew on its ports, and gives it up.
+    with net.connected("a", address, source=port, timeout=10) as connection:
+        assert ask_again(connection, "/in/x") == 200
+
+
+def test_a_connection_that_was_being_made_is_not_the_proxys(net: Proxied, v6: bool) -> None:
+    """A service of the node has answered a SYN when policy sends its clients to the proxy."""
+    node = NODE6 if v6 else NODE4
+    server = Web(net, "node", node, WEB)
+    # Nothing in the workload must answer for it: it has no socket there.
+    net.spaces["a"].sh(
+        "nft add table inet mute",
+        "nft 'add chain inet mute out { type filter hook output priority 0; }'",
+        "nft add rule inet mute out tcp flags rst drop",
+    )
+    try:
+        net.policy(net.a, ALL)
+        with net.listening("a") as heard:
+            net.inject("a", net.a, tcp(v6, net.a, node, "S", 45000, WEB))
+            answer = next(x[TCPHeader] for x in heard if TCPHeader in x and x[TCPHeader].ack == 1)
+        net.policy(net.a, [*ALL, EGRESS_L7])
+        net.inject("a", net.a, tcp(v6, net.a, node, "S", 45000, WEB))  # cut, and made anew
+        segment = tcp(v6, net.a, node, "PA", 45000, WEB)
+        segment[TCPHeader].seq, segment[TCPHeader].ack = 1, answer.seq + 1
+        net.inject("a", net.a, segment / b"GET /in/x HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert net.ask("a", node, "/out/x")[0] == 200
+        assert "GET /in/x HTTP/1.1" not in {line for _, _, line in server.seen}
+    finally:
+        net.spaces["a"].sh("nft delete table inet mute")
+        server.close()
 
 
 def ask_again(connection: http.client.HTTPConnection, path: str) -> int:

@@ -396,17 +396,23 @@ async def test_the_server_sees_the_request_as_it_was() -> None:
 async def test_both_families_arrive_with_the_marks_and_keepalive(family: int) -> None:
     async with EnvoyNode(f"family{int(family)}") as node:
         backend = node.backend()
-        await node.apply(redirect(0, everything()))
+        # 10,144 is a port whose mark is negative as the kernel takes it.
+        assert (await node.apply(redirect(0, everything()), redirect(144, everything()))).ok
+
+        def show(*which: str) -> list[str]:
+            return subprocess.run(
+                node.inside("ss", "-tnoem", *which), capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+
         with node.connect(family=family) as sock:
             assert await asyncio.to_thread(exchange, sock, "/") == 200
             assert backend.connections == 1
-            shown = subprocess.run(  # noqa: ASYNC221 - milliseconds
-                node.inside("ss", "-tnoem", "state", "established"),
-                capture_output=True, text=True, check=True,
-            ).stdout  # fmt: skip
-        envoys = [line for line in shown.splitlines() if "fwmark:0xa00" in line]
-        # Its end of the client's connection, and its own to the server.
+            shown = show("state", "established")
+        # Its own connection to the server, and its end of the client's, which names the listener.
+        envoys = [line for line in shown if "fwmark:0xa00" in line or "fwmark:0x10270a00" in line]
         assert len(envoys) == 2, shown
+        assert len([line for line in envoys if "fwmark:0x10270a00" in line]) == 1, shown
+        assert len([line for line in show("-l") if "fwmark:0xa0270a00" in line]) == 2
         assert all("timer:(keepalive" in line for line in envoys), shown
 
 

@@ -43,6 +43,7 @@ _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 5.0
 _HEALTHY_S: Final = 10.0
 _GRACE_S: Final = 5.0
+_SOCKETS: Final = "marked with their port;"  # how listeners are made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +117,9 @@ class Supervisor:
                 max_connections=settings.max_connections,
                 max_program_size=settings.max_program_size,
             ),
-            # Another binary, another user: another process.
-            salt=f"{settings.binary}{status and (status.st_size, status.st_mtime_ns)}"
+            # Another binary, another user: another process. So is one whose listeners' sockets are
+            # not what they would be now, for they cannot be changed while they are open.
+            salt=f"{_SOCKETS}{settings.binary}{status and (status.st_size, status.st_mtime_ns)}"
             f"{self._account}{settings.concurrency}{settings.log_level}{settings.drain_s}",
         )
 

@@ -43,7 +43,9 @@ def listener(redirect: Redirect, settings: NodeSettings) -> listener_pb2.Listene
     result.per_connection_buffer_limit_bytes.value = settings.buffer_limit_bytes
     result.traffic_direction = 2 if redirect.direction is Direction.EGRESS else 1
     result.socket_options.extend(keepalive_options(settings.keepalive_s))
-    result.socket_options.append(mark_option(settings.mark(redirect.direction)))
+    result.socket_options.append(
+        mark_option(settings.listener_mark(redirect.direction, redirect.port))
+    )
     result.metadata.filter_metadata[_METADATA]["port"] = str(redirect.port)
     result.listener_filters.add(
         name="original_dst", typed_config=packed(original_dst_pb2.OriginalDst())

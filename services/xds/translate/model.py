@@ -7,6 +7,7 @@ on the same port are a change of one route configuration, enforced on open conne
 from __future__ import annotations
 
 import enum
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -96,8 +97,8 @@ class NodeSettings:
     """Loopback only: TPROXY brings the packets there, and nothing else can."""
     ingress_mark: int = 0xA00
     egress_mark: int = 0xB00
-    """SO_MARK of all of Envoy's sockets, listeners too: "from the proxy". The datapath hands a
-    connection to no socket without it."""
+    """SO_MARK of all of Envoy's sockets: "from the proxy". Those of a listener have its port in the
+    upper half besides: the datapath hands a connection to no other socket."""
     ingress_sources: tuple[str, ...] = ()
     egress_sources: tuple[str, ...] = ()
     """Addresses, one a family, from which Envoy connects; empty: as the route says."""
@@ -126,6 +127,14 @@ class NodeSettings:
     def mark(self, direction: Direction) -> int:
         # Both ends: the server is local, so the connection is one to a local endpoint.
         return self.egress_mark if direction is Direction.EGRESS else self.ingress_mark
+
+    def listener_mark(self, direction: Direction, port: int) -> int:
+        """Of a listener and of what it accepts: names the listener, too (bpf/lib/proxy.h).
+
+        As setsockopt(2) takes it, a signed number of 32 bits.
+        """
+        mark = self.mark(direction) | socket.htons(port) << 16
+        return mark - (mark >> 31 << 32)
 
     def sources(self, direction: Direction) -> tuple[str, ...]:
         return self.egress_sources if direction is Direction.EGRESS else self.ingress_sources
