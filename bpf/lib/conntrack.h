@@ -336,6 +336,18 @@ static __always_inline int host_admit(struct __sk_buff *ctx, const struct packet
 }
 
 /*
+ * The proxy connects to wherever its client meant to, as the node. By a name of
+ * the node that policy does not know as the node's (127.0.0.1 with route_localnet,
+ * a local route to a prefix) that would be one of its services; directly such a
+ * packet finds no route either.
+ */
+static __always_inline bool proxy_would_stay(struct __sk_buff *ctx, const struct flow *f)
+{
+	return f->origin == ORIGIN_ENDPOINT && !end_is_local(&f->dst) && f->dst_id != ID_HOST &&
+	       is_for_node(ctx);
+}
+
+/*
  * A packet that belongs to no connection: judged at every local end; if all
  * allow, an entry is made for what can be a connection.
  */
@@ -380,9 +392,11 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 	if (ret)
 		return ret;
 	ret = proxy_choose(w->entry.proxy_port_be, w->entry.proxy_port1_be, &f->proxy_port_be);
-	if (ret || !track)
+	if (ret)
 		return ret;
-	return ct_create(w, how);
+	if (unlikely(f->proxy_port_be) && proxy_would_stay(ctx, f))
+		return -DROP_FIB;
+	return track ? ct_create(w, how) : 0;
 }
 
 /*

@@ -391,6 +391,23 @@ def test_a_connection_that_was_being_made_is_not_the_proxys(net: Proxied, v6: bo
         server.close()
 
 
+def test_the_proxy_is_no_way_to_the_nodes_other_names(net: Proxied, v6: bool) -> None:
+    """What no endpoint reaches directly, policy does not know as the node's, and the node has."""
+    name, family = ("2001:db8:7::7", "-6") if v6 else ("203.0.113.7", "-4")
+    net.thread.sh(f"ip {family} route add local {name} dev lo")
+    server = Web(net, "node", "::" if v6 else "0.0.0.0", WEB)
+    try:
+        for rules in (ALL, [*ALL, EGRESS_L7]):
+            net.policy(net.a, rules)
+            with pytest.raises(TimeoutError):
+                net.ask("a", name, "/out/x", timeout=0.5)
+        assert not server.seen
+        assert drops_of(net, dropreason.FIB_LOOKUP_FAILED)
+    finally:
+        server.close()
+        net.thread.sh(f"ip {family} route del local {name} dev lo")
+
+
 def ask_again(connection: http.client.HTTPConnection, path: str) -> int:
     """The status of one more request on a connection."""
     connection.request("GET", path)
