@@ -183,8 +183,8 @@ def elements(draw: st.DrawFn, egress: bool, deny: bool) -> Any:
         case 0 | 1:
             rules = st.fixed_dictionaries({"ports": st.lists(port(named=not deny), max_size=3)})
             found["toPorts"] = draw(st.lists(rules, max_size=2))
-            if not deny and draw(st.integers(0, 3)) == 0:
-                found["toPorts"].append(draw(requests(egress)))
+            if not deny and draw(st.booleans()):
+                found["toPorts"] = [*found["toPorts"][:1], draw(requests(egress))]
         case 2:
             field = st.fixed_dictionaries(
                 {
@@ -245,6 +245,23 @@ def about_nodes(rule: dict[str, Any]) -> None:
 
 
 @st.composite
+def about_requests(draw: st.DrawFn) -> dict[str, Any]:
+    """A rule with an L7 part that many peers meet: among random ones few do."""
+    egress = draw(st.booleans())
+    side, direction = ("to", "egress") if egress else ("from", "ingress")
+    peer: dict[str, Any] = draw(
+        st.sampled_from(
+            [{}, {f"{side}Entities": ["all"]}, {f"{side}CIDR": ["0.0.0.0/0", "2001:db8::/32"]}]
+        )
+    )
+    rule = {
+        "endpointSelector": {"matchLabels": {"app": "a"}},
+        direction: [peer | {"toPorts": [draw(requests(egress))]}],
+    }
+    return {"kind": "Rules", "metadata": {"name": "requests"}, "rules": [rule]}
+
+
+@st.composite
 def document_lists(draw: st.DrawFn) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for i in range(draw(st.integers(0, 4))):
@@ -273,6 +290,8 @@ def document_lists(draw: st.DrawFn) -> list[dict[str, Any]]:
         if kind == "CiliumClusterwideNetworkPolicy" and draw(st.integers(0, 3)) == 0:
             about_nodes(doc["spec"])
         found.append(doc)
+    if draw(st.booleans()):
+        found.append(draw(about_requests()))
     return found
 
 
@@ -308,11 +327,20 @@ def _prefix(labels: Labels) -> str:
 
 NODE = ["k8s:type=worker", "reserved:host"]
 NAMED_SUBJECTS = ENDPOINTS[:3]
-probe = st.tuples(
-    st.sampled_from([*ENDPOINTS, NODE]),
-    st.booleans(),
-    st.sampled_from(PROTOS),
-    st.sampled_from(PORTS),
+probe = st.one_of(
+    st.tuples(
+        st.sampled_from([*ENDPOINTS, NODE]),
+        st.booleans(),
+        st.sampled_from(PROTOS),
+        st.sampled_from(PORTS),
+    ),
+    # Where rules with L7 parts are, which chance alone would seldom hit.
+    st.tuples(
+        st.sampled_from(ENDPOINTS[:2]),
+        st.booleans(),
+        st.just(6),
+        st.sampled_from([79, 80]),
+    ),
 )
 probes = st.lists(probe, min_size=3, max_size=8)
 
@@ -407,7 +435,9 @@ worlds = {
     "documents": document_lists(),
     "mode": st.sampled_from(["default", "default", "default", "always", "never"]),
     "localhost": st.booleans(),
-    "parsers": st.sampled_from([frozenset(), frozenset(("http", "dns")), frozenset(("http",))]),
+    "parsers": st.sampled_from(
+        [frozenset(("http", "dns")), frozenset(("http", "dns")), frozenset(("http",)), frozenset()]
+    ),
     "named": st.sets(st.sampled_from([256, 257, 258])),
 }
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
