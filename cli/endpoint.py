@@ -9,7 +9,10 @@ from cli.errors import CliError, Exit
 from cli.settings import Group, Settings, examples, pass_settings
 from protos.agent.v1 import agent_pb2
 
-OPTIONS = "Such as PolicyEnforcement=always or PolicyAudit=Enabled; without any they are shown."
+OPTIONS = (
+    "Such as PolicyEnforcement=always, PolicyAudit=Enabled or Visibility='<Ingress/80/TCP/HTTP>'; "
+    "without any they are shown."
+)
 # The agent gives up after 30 s and then undoes what it did: its reason is worth the wait.
 ADD_S = 40.0
 
@@ -132,6 +135,7 @@ def _show(settings: Settings, item: agent_pb2.Endpoint) -> None:
         ("Policy map", f"slot {item.policy_slot}, {item.policy_entries} entries"),
         ("Health", item.health.overall or "-"),
     ]
+    rows += [("Not shown", line) for line in item.not_shown]
     rows += [(f"Option {key}", value) for key, value in sorted(item.options.items())]
     render.fields(settings, rows)
 
@@ -151,6 +155,13 @@ def _named_port(text: str) -> agent_pb2.NamedPort:
     )
 
 
+def _key_value(text: str, what: str, hint: str = "") -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not (key and separator and value):
+        raise CliError(f"{what} {text!r} is not KEY=VALUE", code=Exit.INVALID, hint=hint)
+    return key, value
+
+
 @endpoint.command(
     "add",
     epilog=examples("""
@@ -158,6 +169,8 @@ ip netns add web1 && cilia endpoint add --netns web1 --name web -l app=web
 cilia endpoint add --pid 4242 --name db --namespace shop -l app=db -l tier=data
 cilia endpoint add --netns /run/netns/web1 --name web -l app=web --ipv4 10.217.0.80
 cilia endpoint add --netns web1 --name web -l app=web --port name=http,port=8080
+cilia endpoint add --netns web1 --name web -l app=web \\
+  --annotation 'io.cilium.proxy-visibility=<Ingress/80/TCP/HTTP>'
 """),
 )
 @click.option("--name", required=True, help="Name, unique in its namespace.")
@@ -175,6 +188,13 @@ cilia endpoint add --netns web1 --name web -l app=web --port name=http,port=8080
     metavar="name=NAME,port=PORT[,protocol=TCP]",
     help="What the workload calls a port, for policies that name ports. Repeatable.",
 )
+@click.option(
+    "--annotation",
+    "annotations",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="io.cilium.proxy-visibility='<Ingress/80/TCP/HTTP>' shows requests. Repeatable.",
+)
 @click.option("--no-wait", is_flag=True, help="Return once attached and dropping.")
 @pass_settings
 def add(
@@ -188,6 +208,7 @@ def add(
     ipv4: str,
     ipv6: str,
     ports: tuple[str, ...],
+    annotations: tuple[str, ...],
     no_wait: bool,
 ) -> None:
     """Put a network namespace under policy.
@@ -208,6 +229,7 @@ def add(
         ipv4=ipv4,
         ipv6=ipv6,
         ports=[_named_port(text) for text in ports],
+        annotations=dict(_key_value(text, "annotation") for text in annotations),
         no_wait=no_wait,
     )
     if netns is not None:
@@ -313,6 +335,8 @@ def labels(
     epilog=examples("""
 cilia endpoint config web
 cilia endpoint config web PolicyEnforcement=always PolicyAudit=Enabled
+cilia endpoint config web 'Visibility=<Ingress/80/TCP/HTTP>,<Egress/443/TCP/HTTP>'
+cilia endpoint config web Visibility=none
 """),
 )
 @click.argument("ref", shell_complete=complete.endpoints)
@@ -322,12 +346,7 @@ def config(settings: Settings, ref: str, option: tuple[str, ...]) -> None:
     """Show or set an endpoint's options."""
     target = refs.endpoint_ref(ref)
     if option:
-        options = {}
-        for text in option:
-            key, separator, value = text.partition("=")
-            if not (key and separator and value):
-                raise CliError(f"{text!r} is not KEY=VALUE", code=Exit.INVALID, hint=OPTIONS)
-            options[key] = value
+        options = dict(_key_value(text, "option", OPTIONS) for text in option)
         request = agent_pb2.SetConfigRequest(ref=target, options=options)
         item = clients.agent(
             settings, lambda agent: agent.endpoint.SetConfig(request, timeout=agent.timeout_s)

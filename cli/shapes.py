@@ -120,6 +120,7 @@ def endpoint(item: agent_pb2.Endpoint) -> dict[str, Any]:
         },
         "options": dict(sorted(item.options.items())),
         "ports": [{"name": x.name, "port": x.port, "protocol": x.protocol} for x in item.ports],
+        "visibility": {"annotation": item.visibility or None, "not_shown": list(item.not_shown)},
         "health": endpoint_health(item.health),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -152,7 +152,13 @@ class AgentClient:
         return AgentStatus(state=reply.state, message=message)
 
     async def add(
-        self, *, name: str, namespace: str, labels: Sequence[str], netns: str
+        self,
+        *,
+        name: str,
+        namespace: str,
+        labels: Sequence[str],
+        netns: str,
+        annotations: Mapping[str, str],
     ) -> EndpointInfo:
         """Add an endpoint and wait until its policy is in force. Raises LabError."""
         request = agent_pb2.AddEndpointRequest(
@@ -160,6 +166,7 @@ class AgentClient:
             namespace=namespace,
             labels=[_label(text) for text in labels],
             netns_path=netns,
+            annotations=annotations,
         )
         try:
             return _endpoint(await self._endpoint.Add(request, timeout=CALL_TIMEOUT_S))

@@ -13,6 +13,7 @@ workloads:
     command: python -m lab.httpd --name deathstar   # or a list; none: an empty namespace
     ports: [80]                       # `up` waits until these listen
     env: {COLOUR: black}
+    annotations: {io.cilium.proxy-visibility: <Ingress/80/TCP/HTTP>}   # shows requests
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from cilia.labels import Label, LabelError
+from cilia.policy import VISIBILITY_ANNOTATION, parse_visibility
 from lab.errors import LabInvalid
 from lab.names import LAB_NAME, RESERVED_NODE_NAMES
 
@@ -63,6 +65,7 @@ class WorkloadSpec:
     command: tuple[str, ...]
     ports: tuple[int, ...]
     env: tuple[tuple[str, str], ...]
+    annotations: tuple[tuple[str, str], ...]
     node: str
 
 
@@ -130,6 +133,7 @@ class _Workload(_Document):
     command: str | list[str] = Field(default_factory=list)
     ports: list[Port] = []
     env: dict[str, str | int] = {}
+    annotations: dict[str, str] = {}
     node: str | None = None
 
     @field_validator("name", "namespace")
@@ -151,6 +155,15 @@ class _Workload(_Document):
             return [str(_as_kubernetes(Label.parse(text))) for text in texts]
         except LabelError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("annotations")
+    @classmethod
+    def _annotations(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, text in value.items():
+            if key != VISIBILITY_ANNOTATION:
+                raise ValueError(f"{key} means nothing here; there is {VISIBILITY_ANNOTATION}")
+            parse_visibility(text)
+        return value
 
     @field_validator("command")
     @classmethod
@@ -286,6 +299,7 @@ def _to_spec(document: _Lab, *, source: str, base: Path) -> LabSpec:
                     command=tuple(item.command),
                     ports=tuple(item.ports),
                     env=tuple((key, str(value)) for key, value in item.env.items()),
+                    annotations=tuple(item.annotations.items()),
                     node=node,
                 )
             )

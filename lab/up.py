@@ -386,6 +386,7 @@ async def _add_endpoints(
             namespace=item.namespace,
             labels=item.labels,
             netns=str(netns_path(item.netns)),
+            annotations=dict(spec.workloads[index].annotations),
         )
         workloads[index] = dataclasses.replace(
             item,

@@ -252,7 +252,36 @@ __noinline int ct_judge_new(struct __sk_buff *ctx, bool egress)
 			w->entry.proxy_port_be = j.proxy_port_be;
 		else
 			w->entry.proxy_port1_be = j.proxy_port_be;
+		if (j.proxy_port_be && (j.row_flags & POLICY_F_WATCH))
+			w->f.watched |= egress ? 1 : 2;
 	}
+	return 0;
+}
+
+/*
+ * Which proxy gets the connection that work()->entry is made for? One that only
+ * looks on is done without where it is not there, and where its listener is not
+ * the other end's as well.
+ */
+static __always_inline int ct_choose_proxy(struct __sk_buff *ctx, struct work *w)
+{
+	struct ct_entry *e = &w->entry;
+	struct flow *f = &w->f;
+	int ret = proxy_choose(e->proxy_port_be, e->proxy_port1_be, &f->proxy_port_be);
+
+	if (likely(!f->watched))
+		return ret;
+	if (ret) {
+		if (f->watched & 1)
+			e->proxy_port_be = 0;
+		else
+			e->proxy_port1_be = 0;
+		f->proxy_port_be = e->proxy_port_be ?: e->proxy_port1_be;
+	}
+	if ((e->proxy_port_be && !(f->watched & 1)) || (e->proxy_port1_be && !(f->watched & 2)) ||
+	    proxy_takes(ctx, bpf_ntohs(f->proxy_port_be)))
+		return 0;
+	e->proxy_port_be = e->proxy_port1_be = f->proxy_port_be = 0;
 	return 0;
 }
 
@@ -391,7 +420,7 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 	ret = ct_judge_new(ctx, false);
 	if (ret)
 		return ret;
-	ret = proxy_choose(w->entry.proxy_port_be, w->entry.proxy_port1_be, &f->proxy_port_be);
+	ret = ct_choose_proxy(ctx, w);
 	if (ret)
 		return ret;
 	if (unlikely(f->proxy_port_be) && proxy_would_stay(ctx, f))
@@ -402,14 +431,20 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 /*
  * Judged again, a side names another proxy than when the connection began. One
  * end of TCP is where it is: it cannot move. But one that policy would let pass
- * directly now may go on where it is, if that is this side's doing alone.
+ * directly now, or only wants to be seen, may go on where it is, if that is this
+ * side's doing alone, or the other's proxy looks on as well: a row that names a
+ * proxy and is of no rule.
  */
-static __always_inline bool ct_may_stay(const struct ct_entry *e, __u32 which, __be16 now_be)
+static __always_inline bool ct_may_stay(const struct ct_entry *e, __u32 which, __be16 now_be,
+					bool watched)
 {
 	__be16 began_be = which & 1 ? e->proxy_port1_be : e->proxy_port_be;
 	__be16 other_be = which & 1 ? e->proxy_port_be : e->proxy_port1_be;
+	__u32 others_rule = which & 1 ? e->side[0].rule_id : e->side[1].rule_id;
 
-	return now_be == began_be || (!now_be && !other_be);
+	if (now_be == began_be)
+		return true;
+	return (!now_be || watched) && (!began_be || !other_be || !others_rule);
 }
 
 /*
@@ -466,7 +501,7 @@ __noinline int ct_rejudge(struct __sk_buff *ctx, __u32 which, bool quoted)
 	if (ret == -DROP_NOT_OPEN)
 		return ret;
 	if (ret >= 0 && p->proto == PROTO_TCP &&
-	    !ct_may_stay(e, which, denied ? 0 : j.proxy_port_be))
+	    !ct_may_stay(e, which, denied ? 0 : j.proxy_port_be, j.row_flags & POLICY_F_WATCH))
 		ret = denied = -DROP_PROXY_OTHER;
 	if (ret == AUDITED)
 		count(REASON_AUDITED, w->f.direction, w->p.len);

@@ -58,6 +58,7 @@ struct flow {
 	__u8 exempt;                /* the node's policy is not asked */
 	__u8 received;              /* just now, by a device of the node: not forwarded to here */
 	__u8 from_proxy;            /* sent by a socket of the proxy */
+	__u8 watched;               /* sides whose row sends it to a proxy that only looks on: 1 << side */
 	__be16 proxy_port_be;       /* it is to be delivered to the proxy that listens there */
 };
 

@@ -100,6 +100,53 @@ static __always_inline bool is_proxy_listener(struct bpf_sock *sk, __be16 port_b
 	return sk && socket_owner(sk->mark, port_be) == SOCKET_OF_LISTENER;
 }
 
+/* The listener of the proxy's that has this port, in p's family; to be released. */
+static __always_inline struct bpf_sock *proxy_listener(struct __sk_buff *ctx,
+						       const struct packet *p, __u32 port)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	__u32 size;
+
+	if (packet_is_ip6(p)) {
+		size = sizeof(tuple.ipv6);
+		memcpy(tuple.ipv6.saddr, &p->saddr, 16);
+		tuple.ipv6.daddr[3] = bpf_htonl(1);
+		tuple.ipv6.sport = p->sport_be;
+		tuple.ipv6.dport = bpf_htons(port);
+	} else {
+		size = sizeof(tuple.ipv4);
+		tuple.ipv4.saddr = p->saddr.w[3];
+		tuple.ipv4.daddr = bpf_htonl(0x7f000001);
+		tuple.ipv4.sport = p->sport_be;
+		tuple.ipv4.dport = bpf_htons(port);
+	}
+	sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return NULL;
+	if (is_proxy_listener(sk, bpf_htons(port)))
+		return sk;
+	bpf_sk_release(sk);
+	return NULL;
+}
+
+/* Would the proxy get work()->p at this port? */
+__noinline int proxy_takes(struct __sk_buff *ctx, __u32 port)
+{
+	struct work *w = work();
+	struct bpf_sock *sk;
+
+	/* On egress nothing that was forwarded can be redirected; a fragment cannot anywhere. */
+	if (!w || (w->p.flags & PKT_FRAG) ||
+	    (ctx->ingress_ifindex && ctx->ingress_ifindex != ctx->ifindex))
+		return 0;
+	sk = proxy_listener(ctx, &w->p, port);
+	if (!sk)
+		return 0;
+	bpf_sk_release(sk);
+	return 1;
+}
+
 /*
  * Give work()->p the socket that it is for: its connection's, or the listener's
  * on this port. What the proxy has open was accepted by one listener and obeys
@@ -143,21 +190,9 @@ __noinline int proxy_assign(struct __sk_buff *ctx, __u32 port)
 		if (!err)
 			return 0;
 	}
-	if (packet_is_ip6(&w->p)) {
-		tuple.ipv6.daddr[0] = tuple.ipv6.daddr[1] = tuple.ipv6.daddr[2] = 0;
-		tuple.ipv6.daddr[3] = bpf_htonl(1);
-		tuple.ipv6.dport = bpf_htons(port);
-	} else {
-		tuple.ipv4.daddr = bpf_htonl(0x7f000001);
-		tuple.ipv4.dport = bpf_htons(port);
-	}
-	sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	sk = proxy_listener(ctx, &w->p, port);
 	if (!sk)
 		return -DROP_NO_SOCKET;
-	if (!is_proxy_listener(sk, bpf_htons(port))) {
-		bpf_sk_release(sk);
-		return -DROP_NO_SOCKET;
-	}
 	err = bpf_sk_assign(ctx, sk, 0);
 	bpf_sk_release(sk);
 	return err ? -DROP_SOCKET_ASSIGN : 0;

@@ -86,6 +86,7 @@ _Static_assert(sizeof(struct policy_key) == 8, "struct policy_key");
 
 #define POLICY_F_DENY  (1u << 0)
 #define POLICY_F_AUDIT (1u << 1) /* allows, and reports what would be denied: by rule_id; 0: by default */
+#define POLICY_F_WATCH (1u << 2) /* the proxy only looks on: without it, directly */
 
 struct policy_value {
 	__u32 rule_id;     /* 0: no rule (implicit allow) */

@@ -15,6 +15,7 @@ EP_F_HOST: Final = 1 << 2
 # struct policy_value.flags
 POLICY_F_DENY: Final = 1 << 0
 POLICY_F_AUDIT: Final = 1 << 1
+POLICY_F_WATCH: Final = 1 << 2
 
 # struct policy_meta.plens_id, plens_any
 POLICY_META_HAS_DENY: Final = 1 << 31

@@ -49,9 +49,16 @@ from cilia.policy.engine import (
     is_subject,
 )
 from cilia.policy.l7 import ALL_PARSERS, L7Entry, L7Set
-from cilia.policy.language import document_from_json, document_from_parts, parse_documents
+from cilia.policy.language import (
+    VISIBILITY_ANNOTATION,
+    document_from_json,
+    document_from_parts,
+    parse_documents,
+    parse_visibility,
+    visibility_text,
+)
 from cilia.policy.mapstate import Delta, MapState, Match, PolicyEntry, PolicyKey
-from cilia.policy.program import Unenforced
+from cilia.policy.program import Unenforced, Unseen
 from cilia.policy.repository import Repository
 from cilia.policy.selectorcache import SelectorCache
 
@@ -59,6 +66,7 @@ __all__ = [
     "ALL_PARSERS",
     "PROTO_BY_NAME",
     "PROTO_NAMES",
+    "VISIBILITY_ANNOTATION",
     "Delta",
     "Direction",
     "Document",
@@ -94,6 +102,7 @@ __all__ = [
     "Subject",
     "Trace",
     "Unenforced",
+    "Unseen",
     "Verdict",
     "describe",
     "document_from_json",
@@ -101,4 +110,6 @@ __all__ = [
     "is_node",
     "is_subject",
     "parse_documents",
+    "parse_visibility",
+    "visibility_text",
 ]

@@ -52,6 +52,7 @@ from cilia.policy.program import (
     Program,
     RuleParts,
     Unenforced,
+    Unseen,
     is_host,
     rule_parts,
 )
@@ -87,6 +88,7 @@ class ResolvedPolicy:
     audited_ingress: tuple[RuleRef, ...] = ()
     audited_egress: tuple[RuleRef, ...] = ()
     unenforced: tuple[Unenforced, ...] = ()
+    unseen: tuple[Unseen, ...] = ()  # of the visibility asked for
 
     @property
     def default_deny_rules(self) -> tuple[RuleRef, ...]:
@@ -441,8 +443,9 @@ class PolicyEngine:
 
         `audit` is the endpoint's own: it changes no row, for the kernel then reports instead of
         dropping (EP_F_AUDIT). `named_ports` are the subject's, {name: (port, protocol number)}.
-        `visibility` shows traffic of a direction to proxies where policy isolates nobody; each
-        port rule's path is "ingress" or "egress". A subject with `reserved:host` is a node.
+        `visibility` shows traffic to proxies in directions in which policy neither isolates nor has
+        L7 rules; each port rule's path is "ingress" or "egress". A subject with `reserved:host` is
+        a node.
         """
         held = Subject(subject, mode or self.mode, port_names(named_ports), tuple(visibility))
         if held in self._stale:
@@ -465,6 +468,7 @@ class PolicyEngine:
             audited_ingress=program.audited[False],
             audited_egress=program.audited[True],
             unenforced=(*live.unenforced(), *self._unnamed(program)),
+            unseen=program.unseen,
         )
 
     def state(self, subject: Subject) -> MapState | None:
@@ -602,10 +606,12 @@ class PolicyEngine:
         enforced = (always or bool(sources[False]), always or bool(sources[True]))
         found: dict[CacheSelector, list[Contribution]] = {}
         everyone: list[Contribution] = []
+        restricted = [False, False]  # directions in which some rule says which requests may pass
         for x, stored in zip(parts, rules, strict=True):
             for part, said in zip(x.parts, x.contributions(held.names), strict=True):
                 if not said:
                     continue
+                restricted[part.egress] |= any(c.l7 is not None for c in said)
                 if part.peers is None:
                     self._say_of_everyone(said, everyone, found)
                     continue
@@ -617,12 +623,19 @@ class PolicyEngine:
                         else:
                             found.setdefault(selector, []).extend(said)
             unenforced += self._missing(stored, x, held)
+        unseen: list[Unseen] = []
         for rule in held.visibility:
             egress = rule.path == "egress"
-            if rule.l7 is None or rule.l7.parser not in self._enforcers or enforced[egress]:
-                continue
-            keys = tuple(k for l4 in rule.l4 for k in l4_keys(egress, l4))
-            everyone.append(Contribution(False, False, keys, NO_RULE, (_LAST,), rule.l7))
+            if rule.l7 is None or rule.l7.parser not in self._enforcers:
+                parser = rule.l7.parser if rule.l7 is not None else "this"
+                unseen.append(Unseen(egress, rule, f"no proxy here shows {parser}"))
+            elif enforced[egress]:
+                unseen.append(Unseen(egress, rule, "policy isolates this direction"))
+            elif restricted[egress]:
+                unseen.append(Unseen(egress, rule, "policy has L7 rules in this direction"))
+            else:
+                keys = tuple(k for l4 in rule.l4 for k in l4_keys(egress, l4))
+                everyone.append(Contribution(False, False, keys, NO_RULE, (_LAST,), rule.l7))
         return Program(
             ids=self.repository.ids,
             ingress_enforced=enforced[False],
@@ -641,6 +654,7 @@ class PolicyEngine:
                 () if enforced[True] else tuple(audited[True]),
             ),
             unenforced=tuple(sorted(set(unenforced), key=lambda x: (x.rule.policy, x.rule.path))),
+            unseen=tuple(unseen),
             peer_ports=tuple(dict.fromkeys(x for part in parts for x in part.peer_ports)),
         )
 

@@ -63,6 +63,13 @@ class L7Set:
         """Whether every request passes: it is redirected to be seen, not to be judged."""
         return any(entry.rule is None for entry in self.rules)
 
+    @property
+    def watches(self) -> bool:
+        """Whether the proxy has nothing to do but to look on: without it all may pass directly."""
+        return all(entry.rule is None for entry in self.rules) and not (
+            self.originating_tls or self.terminating_tls or self.server_names or self.listener
+        )
+
     def __str__(self) -> str:
         return f"{self.parser} {self.digest[:8]}"
 

@@ -63,6 +63,15 @@ class Unenforced:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """Traffic that a visibility annotation asks to see, and that is not shown to a proxy."""
+
+    egress: bool
+    rule: PortRule
+    why: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Contribution:
     """What one element says about its peers on some ports. Equal only to itself."""
@@ -231,6 +240,7 @@ class Program:
     # Rules that would isolate if they did not only audit, in a direction nothing else isolates.
     audited: tuple[tuple[RuleRef, ...], tuple[RuleRef, ...]] = ((), ())
     unenforced: tuple[Unenforced, ...] = ()
+    unseen: tuple[Unseen, ...] = ()
     peer_ports: tuple[tuple[RuleRef, str], ...] = ()
     wildcard: Block = field(default_factory=dict)  # rows of identity 0
     conflicts: tuple[Unenforced, ...] = ()  # among what is said of every peer

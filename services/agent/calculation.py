@@ -5,7 +5,8 @@
                                              slots -------+
     reserved, host addresses, endpoints, prefixes, cluster --> IpcacheRow a prefix
 
-A subject is what endpoints share: identity, enforcement mode, audit. Each has a slot of
+A subject is what endpoints share: identity, enforcement mode, audit, what they call their ports,
+what of them is shown to proxies. Each has a slot of
 cilia_policy for as long as an endpoint, or the kernel's row of one, needs it. The result depends on
 current inputs alone; what is dirty only says which subjects need to be resolved again.
 """
@@ -41,10 +42,12 @@ from cilia.policy import (
     DocumentKey,
     L7Set,
     PolicyEngine,
+    PortRule,
     ResolvedPolicy,
     RuleRef,
     Service,
     is_node,
+    parse_visibility,
 )
 from cilia.policy.api import FQDNSelector
 from cilia.policy.l7 import PortNames
@@ -139,6 +142,10 @@ class Subject:
     users: dict[int, str] = field(default_factory=dict)  # endpoint id -> name
     policy: policy.Subject | None = None  # as the engine knows it
     row: PolicyMapRow | None = None  # its last
+    visibility: tuple[PortRule, ...] = ()  # what the key asks for
+
+    def __post_init__(self) -> None:
+        self.visibility = parse_visibility(self.key.visibility)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +409,11 @@ class Calculation:
     def resolve(self, key: SubjectKey) -> ResolvedPolicy:
         subject = self._subjects[key]
         return self.engine.resolve(
-            subject.labels, mode=key.mode, audit=key.audit, named_ports=key.ports
+            subject.labels,
+            mode=key.mode,
+            audit=key.audit,
+            named_ports=key.ports,
+            visibility=subject.visibility,
         )
 
     def subjects_of(self, documents: Iterable[Document]) -> set[SubjectKey]:
@@ -457,7 +468,7 @@ class Calculation:
         else:
             self._l7_of.pop(key, None)
         subject = self._subjects[key]
-        subject.policy = policy.Subject(subject.labels, key.mode, key.ports)
+        subject.policy = policy.Subject(subject.labels, key.mode, key.ports, subject.visibility)
         subject.row = PolicyMapRow(
             slot=self.slots.allocate(key),
             subject=key,
@@ -466,6 +477,7 @@ class Calculation:
             users=tuple(sorted(subject.users.values())),
             generation=self.generation,
             unenforced=resolved.unenforced,
+            unseen=resolved.unseen,
         )
         return subject.row
 
@@ -484,6 +496,7 @@ class Calculation:
             users=row.users,
             generation=self.generation,
             unenforced=row.unenforced,
+            unseen=row.unseen,
         )
         return subject.row
 

@@ -33,7 +33,7 @@ from services.agent.dumps import (
     MetricDump,
     PolicyDump,
 )
-from services.agent.endpoint import Endpoint, LogEntry, health_of
+from services.agent.endpoint import Endpoint, EndpointOptions, LogEntry, health_of
 from services.agent.eventmeta import EndpointNews, Told
 from services.agent.ipam import PoolStatus
 from services.agent.kernelaudit import Report
@@ -73,7 +73,7 @@ def _ipv6(text: str) -> IPv6Address | None:
 
 
 def add_request(message: agent_pb2.AddEndpointRequest) -> AddRequest:
-    """Raises RequestInvalid, InvalidLabel."""
+    """Raises RequestInvalid, InvalidLabel, EndpointInvalid."""
     match message.WhichOneof("netns"):
         case "netns_path":
             netns = message.netns_path
@@ -92,12 +92,19 @@ def add_request(message: agent_pb2.AddEndpointRequest) -> AddRequest:
         ipv4=_ipv4(message.ipv4),
         ipv6=_ipv6(message.ipv6),
         ports=_port_names(message.ports),
+        options=EndpointOptions.of_annotations(dict(message.annotations)),
         wait=not message.no_wait,
     )
 
 
 def endpoint_to_proto(
-    endpoint: Endpoint, *, realised: int, desired: int, mode: str, audit: bool
+    endpoint: Endpoint,
+    *,
+    realised: int,
+    desired: int,
+    mode: str,
+    audit: bool,
+    not_shown: Iterable[str],
 ) -> agent_pb2.Endpoint:
     health = health_of(endpoint)
     return agent_pb2.Endpoint(
@@ -132,6 +139,8 @@ def endpoint_to_proto(
             agent_pb2.NamedPort(name=name, port=port, protocol=PROTO_NAMES[proto])
             for name, port, proto in endpoint.ports
         ],
+        visibility=endpoint.options.visibility,
+        not_shown=not_shown,
     )
 
 

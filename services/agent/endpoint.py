@@ -31,6 +31,7 @@ from cilia.errors import (
 )
 from cilia.identity import EndpointID, NumericIdentity
 from cilia.labels import CLUSTER_KEY, NAMESPACE_KEY, Labels
+from cilia.policy import VISIBILITY_ANNOTATION, parse_visibility, visibility_text
 from cilia.policy.l7 import PortNames
 
 SlotIndex = NewType("SlotIndex", int)
@@ -184,6 +185,22 @@ class EndpointOptions:
 
     enforcement: OptionMode | None = None
     audit: bool | None = None
+    visibility: str = ""  # the annotation, as `visibility_text` writes it
+
+    @classmethod
+    def of_annotations(cls, annotations: Mapping[str, str]) -> EndpointOptions:
+        """What a workload's annotations say. Raises EndpointInvalid, also for one not known: it
+        would do nothing, and whoever wrote it thinks otherwise."""
+        for key in annotations:
+            if key != VISIBILITY_ANNOTATION:
+                raise EndpointInvalid(
+                    f"annotation {key} means nothing here", cure=f"There is {VISIBILITY_ANNOTATION}"
+                )
+        return cls(
+            visibility=_visibility(
+                VISIBILITY_ANNOTATION, annotations.get(VISIBILITY_ANNOTATION, "")
+            )
+        )
 
     def merged(self, changes: Mapping[str, str]) -> EndpointOptions:
         """These options with changes applied. Raises EndpointInvalid naming what is accepted."""
@@ -208,9 +225,14 @@ class EndpointOptions:
                         f"PolicyAudit={value} is neither on nor off",
                         cure="Give Enabled, Disabled, or node for what the node does",
                     )
+            elif key.lower() == "visibility":
+                result = replace(
+                    result, visibility="" if word == "none" else _visibility(key, value)
+                )
             else:
                 raise EndpointInvalid(
-                    f"unknown option {key}", cure="There are PolicyEnforcement and PolicyAudit"
+                    f"unknown option {key}",
+                    cure="There are PolicyEnforcement, PolicyAudit and Visibility",
                 )
         return result
 
@@ -221,7 +243,18 @@ class EndpointOptions:
             "PolicyAudit": "Enabled"
             if (self.audit if self.audit is not None else audit)
             else "Disabled",
+            "Visibility": self.visibility or "none",
         }
+
+
+def _visibility(field: str, text: str) -> str:
+    try:
+        return visibility_text(parse_visibility(text))
+    except ValueError as error:
+        raise EndpointInvalid(
+            f"{field}: {error}",
+            cure="Write <Ingress/80/TCP/HTTP>, more of them after commas, or none",
+        ) from None
 
 
 def check_port_names(ports: PortNames) -> None:
@@ -253,10 +286,15 @@ class SubjectKey:
     mode: OptionMode
     audit: bool
     ports: PortNames = ()  # what they call their ports
+    visibility: str = ""  # what of them is shown to proxies
 
     def __str__(self) -> str:
         names = "".join(f"/{name}={port}" for name, port, _ in self.ports)
-        return f"{self.identity}/{self.mode}" + ("/audit" if self.audit else "") + names
+        return (
+            f"{self.identity}/{self.mode}"
+            + ("/audit" if self.audit else "")
+            + (f"{names}/{self.visibility}" if self.visibility else names)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +354,7 @@ class Endpoint:
             self.options.enforcement or mode,
             audit if self.options.audit is None else self.options.audit,
             self.ports,
+            self.options.visibility,
         )
 
     @staticmethod

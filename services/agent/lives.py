@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -78,6 +78,7 @@ class AddRequest:
     ipv4: IPv4Address | None = None
     ipv6: IPv6Address | None = None
     ports: PortNames = ()
+    options: EndpointOptions = field(default_factory=EndpointOptions)
     wait: bool = True
 
 
@@ -234,6 +235,7 @@ class EndpointLives:
             interface=request.interface,
             host_interface=f"cil{number:05d}",
             ports=request.ports,
+            options=request.options,
             state=EndpointState.CREATING,
         )
         undo.callback(self._regenerate.trigger)  # what was told of it is withdrawn

@@ -17,7 +17,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_META_HAS_DENY
+from cilia.bpf.constants import (
+    POLICY_F_AUDIT,
+    POLICY_F_DENY,
+    POLICY_F_WATCH,
+    POLICY_META_HAS_DENY,
+)
 from cilia.bpf.layout import POLICY_KEY, POLICY_VALUE, plen_egress, split_plen_egress
 from cilia.policy import PROTO_NAMES, MapState, PolicyEntry, PolicyKey
 from cilia.policy.mapstate import PLEN_PROTO, Block
@@ -65,7 +70,7 @@ class Fill:
         if entry.l7 is None:
             return 0, flags
         if (port := self.ports.get(entry.l7.digest)) is not None:
-            return port, flags
+            return port, flags | (POLICY_F_WATCH if entry.l7.watches else 0)
         if entry.l7.allows_all or (self.egress_enforced if key.egress else self.ingress_enforced):
             return None
         return 0, POLICY_F_DENY
@@ -338,6 +343,7 @@ def value_text(word: int) -> str:
     """What a row says, from the lasting word of its value."""
     rule_id, port, flags = _value(word)
     how = "deny" if flags & POLICY_F_DENY else f"allow by proxy {port}" if port else "allow"
+    how += ", which only looks on" if flags & POLICY_F_WATCH else ""
     audited = ", audited" if flags & POLICY_F_AUDIT else ""
     return f"{how}{audited}, {f'rule {rule_id}' if rule_id else 'no rule'}"
 

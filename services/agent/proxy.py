@@ -297,11 +297,11 @@ class Proxy:
             return lines
         refused = [x for x in waiting if x.state is State.FAILED]
         lines += [
-            f"L7 rules are refused by the proxy, and what they allow is dropped (port {x.port}): "
-            f"{x.message}"
+            f"L7 rules are refused by the proxy, and what they allow "
+            f"{'passes without it' if x.watches else 'is dropped'} (port {x.port}): {x.message}"
             for x in refused
         ]
-        pending = len(waiting) - len(refused)
+        pending = sum(x.state is not State.FAILED and not x.watches for x in waiting)
         if pending:
             why = (
                 "it has not acknowledged them"

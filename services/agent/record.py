@@ -16,6 +16,7 @@ from typing import Any
 from cilia import statefile
 from cilia.identity import EndpointID, NumericIdentity
 from cilia.labels import LabelError, Labels
+from cilia.policy import parse_visibility, visibility_text
 from cilia.policy.l7 import port_names
 from services.agent.endpoint import MAX_ENDPOINT_ID, Endpoint, EndpointOptions, EndpointState
 
@@ -84,6 +85,7 @@ def to_json(endpoint: Endpoint, *, creating: bool) -> dict[str, Any]:
         "node_mac": endpoint.node_mac.hex(":"),
         "enforcement": endpoint.options.enforcement,
         "audit": endpoint.options.audit,
+        "visibility": endpoint.options.visibility,
         "ports": [list(port) for port in endpoint.ports],
     }
 
@@ -112,8 +114,12 @@ def from_json(content: Any) -> tuple[Endpoint, bool]:
         ipv6=IPv6Address(content["ipv6"]) if content["ipv6"] else None,
         mac=bytes.fromhex(content["mac"].replace(":", "")),
         node_mac=bytes.fromhex(content["node_mac"].replace(":", "")),
-        options=EndpointOptions(content["enforcement"], content["audit"]),
-        # Records of before there were named ports have none.
+        options=EndpointOptions(
+            content["enforcement"],
+            content["audit"],
+            visibility_text(parse_visibility(content.get("visibility", ""))),
+        ),
+        # Older records have no visibility, and no ports.
         ports=port_names(
             tuple((str(n), int(port), int(proto)) for n, port, proto in content.get("ports", ()))
         ),

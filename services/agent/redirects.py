@@ -78,6 +78,10 @@ class Listener:
     def ready(self) -> bool:
         return self.enforced == self.digest and self.state is not State.LEAVING
 
+    @property
+    def watches(self) -> bool:
+        return all(x is None or x.watches for x in (self.egress, self.ingress))
+
     @staticmethod
     def table_header() -> tuple[str, ...]:
         return ("PORT", "DIRECTION", "RULES", "STATE", "MESSAGE")

@@ -204,6 +204,11 @@ class Regeneration:
             return 0
         return self._kept_revision.get(endpoint.id, self._flushed_revision)
 
+    def not_shown(self, endpoint: Endpoint) -> list[str]:
+        """What of the visibility that an endpoint asks for is not in force, and why."""
+        row = self._policies.get(endpoint.realised) if endpoint.realised is not None else None
+        return row.not_shown if row is not None and endpoint.options.visibility else []
+
     def trigger_by(self, trigger: Callable[[], None]) -> None:
         """How to ask for a flush: the controller's trigger."""
         self._trigger = trigger

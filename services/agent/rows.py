@@ -8,7 +8,7 @@ from typing import Literal
 
 from cilia.bpf.constants import POLICY_META_HAS_DENY
 from cilia.identity import EndpointID, NumericIdentity
-from cilia.policy import MapState, Unenforced
+from cilia.policy import MapState, Unenforced, Unseen, visibility_text
 from services.agent.endpoint import SlotIndex, SubjectKey
 from services.agent.policyrows import Fill, Masks, PolicyRows
 
@@ -27,6 +27,7 @@ class PolicyMapRow:
     users: tuple[str, ...]  # endpoints that share it, for messages
     generation: int  # of the calculation that made it
     unenforced: tuple[Unenforced, ...] = ()  # parts of rules that allow nothing here, and why
+    unseen: tuple[Unseen, ...] = ()  # what the visibility that is asked for does not show
 
     @property
     def ingress_enforced(self) -> bool:
@@ -35,6 +36,18 @@ class PolicyMapRow:
     @property
     def egress_enforced(self) -> bool:
         return self.fill.egress_enforced
+
+    @property
+    def not_shown(self) -> list[str]:
+        """What of the visibility asked for is not in force, and why; a sentence each."""
+        lines = [f"{visibility_text([x.rule])}: {x.why}" for x in self.unseen]
+        lines += [
+            f"{'egress' if rules.egress else 'ingress'} {rules.parser}: the proxy is not there, "
+            "connections pass without it"
+            for rules in self.state.l7
+            if rules.watches and rules.digest not in self.fill.ports
+        ]
+        return sorted(lines)
 
     @property
     def complete(self) -> bool:

@@ -119,6 +119,7 @@ class EndpointServer(agent_pb2_grpc.EndpointServiceServicer):
             desired=self._view.policy_revision,
             mode=self._config.enforcement,
             audit=self._config.policy_audit,
+            not_shown=self._regeneration.not_shown(endpoint),
         )
 
     async def Add(

@@ -168,14 +168,22 @@ class Status:
         wrong = self._proxy.status()
         if wrong:
             return Component("proxy", "Warning", "; ".join(wrong))
+        hidden = [
+            f"{endpoint.qualified_name} {line}"
+            for endpoint in self._endpoints
+            for line in self._regeneration.not_shown(endpoint)
+        ]
+        more = f" (and {len(hidden) - 1} more)" if len(hidden) > 1 else ""
+        hint = f"; not shown: {hidden[0]}{more}" if hidden else ""
         needed = self._needed_listeners()
         if not needed:
-            return Component("proxy", "Ok", "no L7 rules")
+            return Component("proxy", "Ok", f"no L7 rules{hint}")
         connected = "" if self._proxy.connected else ", the xds service is not reached"
-        return Component("proxy", "Ok", f"{needed} L7 rule sets are enforced{connected}")
+        return Component("proxy", "Ok", f"{needed} L7 rule sets are enforced{connected}{hint}")
 
     def _needed_listeners(self) -> int:
-        return sum(x.idle_since is None for x in self._proxy.redirects.listeners.values())
+        listeners = self._proxy.redirects.listeners.values()
+        return sum(x.idle_since is None and (x.ready or not x.watches) for x in listeners)
 
     def _host_firewall(self) -> Component:
         state, sentence = self._firewall.summary(redirects=self._needed_listeners() > 0)

@@ -148,6 +148,7 @@ class Rule:
     audit: bool = False
     id: int = 1
     proxy: int = 0
+    watch: bool = False
 
 
 def allow(egress: bool, **fields: Any) -> Rule:
@@ -431,8 +432,10 @@ class Node:
             value = np.zeros(1, layout.POLICY_VALUE)
             value["rule_id"] = rule.id
             value["proxy_port_be"] = rule.proxy
-            value["flags"] = (constants.POLICY_F_DENY if rule.deny else 0) | (
-                constants.POLICY_F_AUDIT if rule.audit else 0
+            value["flags"] = (
+                (constants.POLICY_F_DENY if rule.deny else 0)
+                | (constants.POLICY_F_AUDIT if rule.audit else 0)
+                | (constants.POLICY_F_WATCH if rule.watch else 0)
             )
             inner.update(key.tobytes(), value.tobytes())
             masks = meta["plens_id"] if rule.identity else meta["plens_any"]

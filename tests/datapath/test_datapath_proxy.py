@@ -49,6 +49,10 @@ WEB, PLAIN = 8000, 8001
 FROM_INGRESS, FROM_EGRESS = constants.MARK_FROM_INGRESS_PROXY, constants.MARK_FROM_EGRESS_PROXY
 EGRESS_L7 = Rule(True, proto=TCP, port=WEB, plen=24, id=201, proxy=OUT_PORT)
 INGRESS_L7 = Rule(False, proto=TCP, port=WEB, plen=24, id=202, proxy=IN_PORT)
+# The agent's rows that only show requests to the proxy are of no rule.
+EGRESS_SEEN = replace(EGRESS_L7, id=0, watch=True)
+INGRESS_SEEN = replace(INGRESS_L7, id=0, watch=True)
+NOBODY = 10009  # no listener of the proxy's
 ALL = (Rule(True, id=101), Rule(False, id=102))
 
 
@@ -486,6 +490,92 @@ def test_nobody_listens(net: Proxied, v6: bool) -> None:
     with net.socket("node", socket.SOCK_STREAM, "::1" if v6 else "127.0.0.1", 10009):
         sent = net.send(net.a, tcp(v6, net.a, net.b, "S", 40002))
         assert sent.drops == [dropreason.SOCKET_LOOKUP_FAILED]
+
+
+def test_what_is_only_seen_passes_without_the_proxy(net: Proxied, serve: None, v6: bool) -> None:
+    """Whoever listens on the port instead gets nothing; what rules say of it needs the proxy."""
+    address = net.b.ip(v6)
+    net.policy(net.a, [*ALL, EGRESS_SEEN])
+    assert net.ask("a", address, "/in/x")[0] == 403, "by the proxy"
+    net.policy(net.a, [*ALL, replace(EGRESS_SEEN, proxy=NOBODY)])
+    assert net.ask("a", address, "/in/x")[0] == 200
+    with net.socket("node", socket.SOCK_STREAM, "::1" if v6 else "127.0.0.1", NOBODY):
+        assert net.ask("a", address, "/in/x")[0] == 200
+    net.policy(net.a, [*ALL, replace(EGRESS_L7, proxy=NOBODY)])
+    with pytest.raises(TimeoutError):
+        net.ask("a", address, "/out/x", timeout=0.3)
+
+
+@pytest.mark.parametrize("source", ["node", "world"])
+def test_seen_on_ingress_without_the_proxy(
+    net: Proxied, serve: None, v6: bool, source: str
+) -> None:
+    prefix, via = ("fd00:c111::/64", NODE6) if v6 else ("10.217.0.0/16", NODE4)
+    net.spaces["world"].sh(f"ip route replace {prefix} via {via}")
+    net.policy(net.b, [*ALL, INGRESS_SEEN])
+    assert net.ask(source, net.b.ip(v6), "/out/x")[0] == 403, "by the proxy"
+    net.policy(net.b, [*ALL, replace(INGRESS_SEEN, proxy=NOBODY)])
+    assert net.ask(source, net.b.ip(v6), "/out/x")[0] == 200
+
+
+def test_seen_at_both_ends(net: Proxied, serve: None, v6: bool) -> None:
+    """Without a listener for both, the one whose rules restrict counts; else either will do."""
+    address = net.b.ip(v6)
+
+    def statuses() -> list[int]:
+        return [net.ask("a", address, f"/{path}/x")[0] for path in ("out", "in", "both")]
+
+    net.policy(net.a, [*ALL, EGRESS_SEEN])
+    net.policy(net.b, [*ALL, INGRESS_L7])
+    assert statuses() == [403, 200, 403]
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    net.policy(net.b, [*ALL, INGRESS_SEEN])
+    assert statuses() == [200, 403, 403]
+    net.policy(net.a, [*ALL, EGRESS_SEEN])
+    assert statuses() == [403, 200, 403]
+    net.policy(net.b, [*ALL, replace(INGRESS_SEEN, proxy=NOBODY)])
+    assert statuses() == [200, 200, 200], "by none"
+    net.policy(net.b, [*ALL, INGRESS_SEEN])
+    net.pair()
+    assert statuses() == [403, 403, 200]
+
+
+def test_open_connections_are_not_cut_to_be_seen_or_not(
+    net: Proxied, serve: None, v6: bool
+) -> None:
+    address = net.b.ip(v6)
+    net.policy(net.a, ALL)
+    net.policy(net.b, ALL)
+    with net.connected("a", address) as connection:
+        assert ask_again(connection, "/in/x") == 200
+        net.policy(net.a, [*ALL, EGRESS_SEEN])
+        net.policy(net.b, [*ALL, INGRESS_SEEN])
+        assert ask_again(connection, "/in/x") == 200, "it is where it was"
+        net.policy(net.b, [*ALL, INGRESS_L7])
+        with pytest.raises(TimeoutError):
+            ask_again(connection, "/in/x")
+    net.policy(net.b, [*ALL, INGRESS_SEEN])
+    net.pair()
+    with net.connected("a", address) as connection:
+        for ends in ((net.a, EGRESS_SEEN), (net.b, INGRESS_SEEN)):
+            assert ask_again(connection, "/both/x") == 200
+            net.policy(ends[0], ALL)
+            assert ask_again(connection, "/both/x") == 200
+            net.policy(ends[0], [*ALL, replace(ends[1], proxy=NOBODY)])
+            assert ask_again(connection, "/both/x") == 200
+        assert ask_again(connection, "/in/x") == 403
+
+
+def test_forwarded_to_an_endpoint_that_is_to_be_seen(net: Proxied, v6: bool) -> None:
+    """No device's program could redirect it: it passes, where rules would drop it."""
+    came = tcp(v6, remote(v6), net.b, "S", dport=WEB)
+    net.policy(net.b, [*ALL, INGRESS_L7])
+    assert net.stack_sends(net.b, came, came_in=net.up).drops == [dropreason.PROXY_MISSED]
+    net.policy(net.b, [*ALL, INGRESS_SEEN])
+    assert (
+        net.stack_sends(net.b, tcp(v6, remote(v6), net.b, "S", 40003, WEB), came_in=net.up).drops
+        == []
+    )
 
 
 def test_twenty_thousand_connections(net: Proxied) -> None:

@@ -92,7 +92,8 @@ def test_endpoint_list_and_get(lab: Lab) -> None:
 
 def test_endpoint_life(lab: Lab, netns: str) -> None:
     added = lab.cilia.json(
-        "endpoint", "add", "--netns", netns, "--name", "guest", "-l", "app=guest", "-l", "tier=x"
+        "endpoint", "add", "--netns", netns, "--name", "guest", "-l", "app=guest", "-l", "tier=x",
+        "--annotation", "io.cilium.proxy-visibility=<Ingress/80/ANY/HTTP>",
     )  # fmt: skip
     try:
         assert added["state"] == "ready"
@@ -115,6 +116,13 @@ def test_endpoint_life(lab: Lab, netns: str) -> None:
         assert "PolicyEnforcement" in lab.cilia.ok("endpoint", "config", "guest")
         lab.cilia.fails(4, "endpoint", "config", "guest", "PolicyEnforcement=perhaps")
         lab.cilia.fails(4, "endpoint", "config", "guest", "NoSuchOption=1")
+        assert added["visibility"]["annotation"] == "<Ingress/80/TCP/HTTP>"
+        assert "policy isolates this direction" in lab.cilia.ok("endpoint", "get", "guest")
+        text = lab.cilia.fails(4, "endpoint", "config", "guest", "visibility=<Ingress/53/UDP/DNS>")
+        assert "dns is seen on egress only" in text
+        options = lab.cilia.json("endpoint", "config", "guest", "visibility=none")
+        assert options["Visibility"] == "none"
+        lab.cilia.fails(4, "endpoint", "add", "--netns", netns, "--name", "x", "--annotation", "a")
         assert lab.cilia.json("endpoint", "get", "guest")["policy"]["ingress_enforced"]
         log = lab.cilia.json("endpoint", "log", "guest")
         assert {"time", "code", "state", "message"} == set(log[0])

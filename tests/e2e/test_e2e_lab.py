@@ -20,7 +20,7 @@ TWO = """\
 name: placeholder
 workloads:
   - {name: a, labels: {app: a}, command: python -m lab.httpd --name a, ports: [80]}
-  - {name: b, labels: {app: b}}
+  - {name: b, labels: {app: b}, annotations: {io.cilium.proxy-visibility: <Egress/80/TCP/HTTP>}}
 """
 
 
@@ -57,6 +57,10 @@ def test_two_labs_with_equal_addresses(name: str, file: Path) -> None:
             "lab", "exec", "--lab", name, "b", "--", "python", "-m", "lab.httpc", "http://a/"
         )
         assert json.loads(done.stdout)["name"] == "a"
+        socket = cilia.json("lab", "status", name)[0]["nodes"][0]["agent_socket"]
+        shown = cilia.json("--agent-socket", socket, "endpoint", "get", "b")["visibility"]
+        assert shown["annotation"] == "<Egress/80/TCP/HTTP>"
+        assert ["the proxy is not there" in line for line in shown["not_shown"]] == [True]
     finally:
         down.down(other)
         cilia.ok("lab", "down", name)

@@ -17,6 +17,17 @@ from cilia.policy.language.documents import (
     document_from_parts,
     parse_documents,
 )
-from cilia.policy.language.visibility import parse_visibility
+from cilia.policy.language.visibility import (
+    VISIBILITY_ANNOTATION,
+    parse_visibility,
+    visibility_text,
+)
 
-__all__ = ["document_from_json", "document_from_parts", "parse_documents", "parse_visibility"]
+__all__ = [
+    "VISIBILITY_ANNOTATION",
+    "document_from_json",
+    "document_from_parts",
+    "parse_documents",
+    "parse_visibility",
+    "visibility_text",
+]

@@ -2,13 +2,13 @@
 commas.
 
 It restricts nothing: each port is shown to a proxy that lets every request pass, and only in a
-direction in which no policy isolates the endpoint.
+direction in which no policy isolates the endpoint, and none says which requests may pass.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from cilia.policy.api import (
@@ -77,6 +77,18 @@ def parse_visibility(text: str) -> tuple[PortRule, ...]:
         )
         for (direction, port, proto), parser in parsers.items()
     )
+
+
+def visibility_text(rules: Iterable[PortRule]) -> str:
+    """The annotation that asks for these, one way to write it; "" for none."""
+    return ",".join(sorted(_entry_text(rule) for rule in rules))
+
+
+def _entry_text(rule: PortRule) -> str:
+    (l4,) = rule.l4
+    parser = rule.l7.parser if rule.l7 is not None else ""
+    name = "Kafka" if parser == "kafka" else parser.upper()
+    return f"<{rule.path.title()}/{l4.first}/{PROTO_NAMES[l4.proto]}/{name}>"
 
 
 def _protocols(protocol: str, parser: str, spoken: tuple[int, ...], entry: str) -> tuple[int, ...]:

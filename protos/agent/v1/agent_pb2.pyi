@@ -55,6 +55,26 @@ Global___EndpointRef: _TypeAlias = EndpointRef  # noqa: Y015
 class AddEndpointRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
@@ -65,6 +85,7 @@ class AddEndpointRequest(_message.Message):
     IPV6_FIELD_NUMBER: _builtins.int
     NO_WAIT_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     namespace: _builtins.str
     """empty: default"""
@@ -83,6 +104,10 @@ class AddEndpointRequest(_message.Message):
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPort]:
         """for rules that name ports"""
 
+    @_builtins.property
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """of the workload: io.cilium.proxy-visibility"""
+
     def __init__(
         self,
         *,
@@ -96,10 +121,11 @@ class AddEndpointRequest(_message.Message):
         ipv6: _builtins.str = ...,
         no_wait: _builtins.bool = ...,
         ports: _abc.Iterable[Global___NamedPort] | None = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns", "netns_path", b"netns_path", "pid", b"pid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "name", b"name", "namespace", b"namespace", "netns", b"netns", "netns_path", b"netns_path", "no_wait", b"no_wait", "pid", b"pid", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "name", b"name", "namespace", b"namespace", "netns", b"netns", "netns_path", b"netns_path", "no_wait", b"no_wait", "pid", b"pid", "ports", b"ports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_netns: _TypeAlias = _typing.Literal["netns_path", "pid"]  # noqa: Y015
     _WhichOneofArgType_netns: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
@@ -182,6 +208,8 @@ class Endpoint(_message.Message):
     HEALTH_FIELD_NUMBER: _builtins.int
     DESIRED_POLICY_REVISION_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    VISIBILITY_FIELD_NUMBER: _builtins.int
+    NOT_SHOWN_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     name: _builtins.str
     namespace: _builtins.str
@@ -203,6 +231,8 @@ class Endpoint(_message.Message):
     policy_slot: _builtins.int
     policy_entries: _builtins.int
     desired_policy_revision: _builtins.int
+    visibility: _builtins.str
+    """what is to be shown as requests: <Ingress/80/TCP/HTTP>,..."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Label]:
         """as given"""
@@ -217,6 +247,10 @@ class Endpoint(_message.Message):
     def health(self) -> Global___EndpointHealth: ...
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPort]: ...
+    @_builtins.property
+    def not_shown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what of that is not, and why"""
+
     def __init__(
         self,
         *,
@@ -243,10 +277,12 @@ class Endpoint(_message.Message):
         health: Global___EndpointHealth | None = ...,
         desired_policy_revision: _builtins.int = ...,
         ports: _abc.Iterable[Global___NamedPort] | None = ...,
+        visibility: _builtins.str = ...,
+        not_shown: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_policy_revision", b"desired_policy_revision", "egress_enforced", b"egress_enforced", "health", b"health", "host_interface", b"host_interface", "id", b"id", "identity", b"identity", "identity_labels", b"identity_labels", "ingress_enforced", b"ingress_enforced", "interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "mac", b"mac", "message", b"message", "name", b"name", "namespace", b"namespace", "netns", b"netns", "options", b"options", "policy_entries", b"policy_entries", "policy_revision", b"policy_revision", "policy_slot", b"policy_slot", "ports", b"ports", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_policy_revision", b"desired_policy_revision", "egress_enforced", b"egress_enforced", "health", b"health", "host_interface", b"host_interface", "id", b"id", "identity", b"identity", "identity_labels", b"identity_labels", "ingress_enforced", b"ingress_enforced", "interface", b"interface", "ipv4", b"ipv4", "ipv6", b"ipv6", "labels", b"labels", "mac", b"mac", "message", b"message", "name", b"name", "namespace", b"namespace", "netns", b"netns", "not_shown", b"not_shown", "options", b"options", "policy_entries", b"policy_entries", "policy_revision", b"policy_revision", "policy_slot", b"policy_slot", "ports", b"ports", "state", b"state", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,7 +457,7 @@ class SetConfigRequest(_message.Message):
     def ref(self) -> Global___EndpointRef: ...
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """PolicyEnforcement=default|always|never, PolicyAudit=Enabled|Disabled"""
+        """PolicyEnforcement=default|always|never, PolicyAudit=Enabled|Disabled, Visibility=<Ingress/80/TCP/HTTP>,...|none"""
 
     def __init__(
         self,

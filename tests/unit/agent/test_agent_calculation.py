@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY
+from cilia.bpf.constants import POLICY_F_AUDIT, POLICY_F_DENY, POLICY_F_WATCH
 from cilia.bpf.layout import POLICY_KEY
 from cilia.identity import EndpointID, NumericIdentity
 from cilia.labels import Labels
@@ -17,7 +17,7 @@ from cilia.policy import ALL_PARSERS, L7Set, parse_documents
 from cilia.policy.api import FQDNSelector
 from services.agent.calculation import Calculation
 from services.agent.clusterwatch import PolicyName
-from services.agent.endpoint import Endpoint, SubjectKey
+from services.agent.endpoint import Endpoint, EndpointOptions, SubjectKey
 from services.agent.identityalloc import CidrIdentities
 from services.agent.policyrows import PolicyRows, changes
 
@@ -149,6 +149,33 @@ def test_without_an_enforcer_nothing_is_asked_of_proxies(tmp_path: Path) -> None
     assert [x.why for x in calc.policy_row(SUBJECT).unenforced] == [
         "http rules have no proxy to enforce them yet"
     ]
+
+
+def test_what_is_only_shown_passes_without_its_proxy(tmp_path: Path) -> None:
+    proxies = Proxies()
+    calc = calculation(tmp_path, proxies)
+    shown = EndpointOptions(visibility="<Ingress/80/TCP/HTTP>")
+    visible = endpoint(1, WEB_ID, WEB, options=shown)
+    calc.set_users([visible, endpoint(2, WEB_ID, WEB)])
+    key = calc.subject_of(visible)
+    assert key is not None
+    assert calc.take_dirty() == {key, SUBJECT}, "one who is not seen shares no policy with it"
+    assert calc.policy_row(SUBJECT).not_shown == []
+    row = calc.policy_row(key)
+    assert set(values(row.rows)) == {(0, 0, 0, 0), (0, 0, 0, 128)}
+    (line,) = row.not_shown
+    assert "the proxy is not there" in line
+
+    (needed,) = calc.l7_sets()
+    proxies.ready[needed.digest] = 10007
+    row = calc.policy_row(key)
+    assert values(row.rows)[0, 80, 6, 24] == (10007, POLICY_F_WATCH)
+    assert row.not_shown == []
+
+    calc.set_documents(documents(HTTP))
+    row = calc.policy_row(key)
+    assert (0, 80, 6, 24) not in values(row.rows)
+    assert row.not_shown == ["<Ingress/80/TCP/HTTP>: policy isolates this direction"]
 
 
 def test_only_whom_it_concerns_is_looked_at_again(tmp_path: Path) -> None:

@@ -138,6 +138,23 @@ def test_options() -> None:
             options.merged(bad)
 
 
+def test_visibility() -> None:
+    options = EndpointOptions().merged({"visibility": "<ingress/80/any/http>"})
+    assert options.visibility == "<Ingress/80/TCP/HTTP>"
+    assert options.as_text(mode="default", audit=False)["Visibility"] == "<Ingress/80/TCP/HTTP>"
+    assert options.merged({"PolicyAudit": "on"}).visibility == options.visibility
+    assert options.merged({"Visibility": "none"}) == EndpointOptions()
+    assert EndpointOptions().as_text(mode="default", audit=False)["Visibility"] == "none"
+    assert EndpointOptions.of_annotations({}) == EndpointOptions()
+    key = "io.cilium.proxy-visibility"
+    assert EndpointOptions.of_annotations({key: "<Ingress/80/ANY/HTTP>"}) == options
+    with pytest.raises(EndpointInvalid, match=f"{key}: .*a port is 1 to 65535") as caught:
+        EndpointOptions.of_annotations({key: "<Ingress/0/TCP/HTTP>"})
+    assert "<Ingress/80/TCP/HTTP>" in caught.value.cure
+    with pytest.raises(EndpointInvalid, match="annotation x means nothing here"):
+        EndpointOptions.of_annotations({"x": "y"})
+
+
 @pytest.mark.parametrize(
     "ports",
     [

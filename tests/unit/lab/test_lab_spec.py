@@ -48,6 +48,16 @@ def test_command_is_split_like_a_shell_would() -> None:
     assert lab.workloads[0].command == ("sh", "-c", "a b")
 
 
+def test_annotations() -> None:
+    lab = parse(
+        "name: a\nworkloads:\n"
+        "- {name: x, annotations: {io.cilium.proxy-visibility: <Ingress/80/TCP/HTTP>}}"
+    )
+    assert lab.workloads[0].annotations == (
+        ("io.cilium.proxy-visibility", "<Ingress/80/TCP/HTTP>"),
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
@@ -69,6 +79,11 @@ def test_command_is_split_like_a_shell_would() -> None:
         ("name: a\nworkloads: [{name: x}, {name: x}]", "default/x is there twice"),
         ("name: a\nworkloads: [{name: x-1}, {name: x, replicas: 2}]", "default/x-1 is there twice"),
         ("name: a\nworkloads: [{name: x, node: n9}]", "no node 'n9'"),
+        (
+            "name: a\nworkloads:\n- name: x\n  annotations: {io.cilium.proxy-visibility: <80>}",
+            "lab.yaml:4: workloads[0].annotations: '<80>' is not <Ingress",
+        ),
+        ("name: a\nworkloads: [{name: x, annotations: {a: b}}]", "a means nothing here"),
         ("name: a\npolicies: [absent.yaml]", "policies: no file"),
         ("name: a\nenforcement: maybe", "enforcement: "),
     ],
