@@ -198,6 +198,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         regenerate.trigger()
 
     proxy.on_moved(on_proxies_moved)
+    proxy.in_force_by(regeneration.in_force)
     proxy.trigger_by(lambda: controllers.trigger("proxy-routing"))
     proxy.on_nftables(lambda: controllers.trigger("host-firewall"))
     policy_known = asyncio.Condition()

@@ -323,6 +323,38 @@ def _compare(identity: int, was: Block, now: Block, fill: Fill, writes: Writes) 
             writes.put_allows.append((packed, value))
 
 
+def may_swap(old: MapState, new: MapState, before: str, after: str) -> bool:
+    """Whether the proxy may enforce one L7 set (its digest) for another on the same port before
+    rows go from `old` to `new`: no request may pass that neither of the two policies allows.
+
+    So whatever the one set decides now, the other must decide then. No: where a peer or a port
+    loses the rules rather than changes them, or a new row would decide in their place.
+    """
+    egress = next((x.egress for x in old.l7 if x.digest == before), None)
+    seen: set[tuple[int, int]] = set()
+    for _, was, now in new.moved(old):
+        if (id(was), id(now)) in seen:
+            continue
+        seen.add((id(was), id(now)))
+        for key, entry in was.items():
+            then = now.get(key)
+            if (
+                entry.l7 is not None
+                and entry.l7.digest == before
+                and (then is None or then.l7 is None or then.l7.digest != after)
+            ):
+                return False
+        for key, then in now.items():
+            entry_before = was.get(key)
+            if key.egress is not egress or (
+                entry_before is not None and entry_before.deny == then.deny
+            ):
+                continue
+            if then.deny or (then.l7 is not None and then.l7.digest != after):
+                return False
+    return True
+
+
 def row_text(key: PolicyKey) -> str:
     """A row's key for people."""
     peer = f"identity {key.identity}" if key.identity else "anybody"

@@ -26,9 +26,11 @@ from cilia.errors import DomainError
 from cilia.net import nft, tproxy
 from cilia.net.rtnl import RouteSocket
 from cilia.telemetry import fields
-from services.agent import metrics
+from services.agent import metrics, policyrows
 from services.agent.datapath import Datapath
+from services.agent.endpoint import SlotIndex
 from services.agent.redirects import (
+    InForce,
     ListenerState,
     Proxied,
     Redirects,
@@ -36,7 +38,7 @@ from services.agent.redirects import (
     SubjectRows,
     meeting_pairs,
 )
-from services.agent.rows import PolicyMapRow
+from services.agent.rows import InForceSlot, PolicyMapRow
 from services.agent.xdsclient import XdsClient
 
 log = structlog.get_logger()
@@ -84,11 +86,16 @@ class Proxy:
         self._watcher: tproxy.Watcher | None = None
         self._moved: Callable[[frozenset[str]], None] = lambda _: None
         self._trigger: Callable[[], None] = lambda: None
+        self._slots: Callable[[], Collection[InForceSlot]] = list
         self._tables_changed: Callable[[], None] = lambda: None
 
     def on_moved(self, told: Callable[[frozenset[str]], None]) -> None:
         """Whom to tell of sets whose port is another now."""
         self._moved = told
+
+    def in_force_by(self, slots: Callable[[], Collection[InForceSlot]]) -> None:
+        """Who knows the kernel's policy rows."""
+        self._slots = slots
 
     def trigger_by(self, trigger: Callable[[], None]) -> None:
         """How to ask for `keep_routing`: the controller's trigger."""
@@ -141,9 +148,10 @@ class Proxy:
 
         Returns the digests of sets whose port is another than the rows have.
         """
+        now = _in_force(self._slots(), rows := list(rows))
         rows = [row for row in rows if row.state.l7]
         used = {row.subject: frozenset(row.state.l7) for row in rows}
-        told = self.redirects.want(used, meeting_pairs(_subject_rows(rows)))
+        told = self.redirects.want(used, meeting_pairs(_subject_rows(rows)), now)
         await self._save()
         await self._write_kernel()
         self._known.set()
@@ -207,7 +215,8 @@ class Proxy:
 
     async def release(self) -> None:
         """Close what nobody needed for long."""
-        if self.redirects.release_due():
+        named = frozenset[int]().union(*(slot.proxy_ports for slot in self._slots()))
+        if self.redirects.release_due(named):
             await self._save()
             self._changed.set()
         if self.redirects.ports != self._written_ports:
@@ -310,6 +319,24 @@ class Proxy:
             )
             lines.append(f"L7 rules wait for the proxy, {pending} sets: {why}")
         return lines
+
+
+def _in_force(slots: Collection[InForceSlot], rows: Collection[PolicyMapRow]) -> InForce:
+    named = [slot for slot in slots if slot.proxy_ports]
+    wanted = {row.slot: row for row in rows}
+
+    def may_swap(before: str, after: str) -> bool:
+        for slot in named:
+            old, new = slot.row, wanted.get(SlotIndex(slot.slot))
+            if old is None or new is None or old.subject != new.subject:
+                return False
+            if any(x.digest == before for x in old.state.l7) and not policyrows.may_swap(
+                old.state, new.state, before, after
+            ):
+                return False
+        return True
+
+    return InForce(frozenset[int]().union(*(slot.proxy_ports for slot in named)), may_swap)
 
 
 def _subject_rows(rows: Collection[PolicyMapRow]) -> list[SubjectRows]:

@@ -107,6 +107,16 @@ class ListenerState:
     sequence: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What policy rows in the kernel say, whatever is wanted next: they are written after the
+    proxy was told, and some that cannot be written stay."""
+
+    ports: frozenset[int] = frozenset()  # of the proxy, that rows name
+    may_swap: Callable[[str, str], bool] = lambda _old, _new: True
+    """May the proxy enforce the second set (digests) where rows mean the first?"""
+
+
 class Redirects:
     """Owner of the listeners. Called from the event loop only."""
 
@@ -130,6 +140,7 @@ class Redirects:
         self._changed: set[int] = set()  # ports that the proxy has to hear about
         self._removed: set[int] = set()
         self._saved: dict[str, dict[str, str]] = {}
+        self._in_force = InForce()
         self.problem = ""  # why a set has no listener
 
     # ---- what others see
@@ -166,12 +177,18 @@ class Redirects:
 
     # ---- what is wanted
 
-    def want(self, used: Mapping[SubjectKey, frozenset[L7Set]], pairs: Collection[Pair]) -> bool:
+    def want(
+        self,
+        used: Mapping[SubjectKey, frozenset[L7Set]],
+        pairs: Collection[Pair],
+        in_force: InForce,
+    ) -> bool:
         """All L7 sets that policies need, by subject, and the pairs that may meet on a connection.
 
         True when the proxy has to be told something.
         """
         self.problem = ""
+        self._in_force = in_force
         sets = {rules.digest: rules for group in used.values() for rules in group}
         wanted: dict[Content, tuple[L7Set | None, L7Set | None]] = {}
         for rules in sets.values():
@@ -212,7 +229,9 @@ class Redirects:
     ) -> dict[str, str]:
         """Sets that nobody uses any more, with the set that all who did use instead.
 
-        Only where it is plain: each subject that changed, changed one set of a direction.
+        Only where it is plain: each subject that changed, changed one set of a direction. And only
+        where it is safe, for the proxy has the new rules before the kernel has the new rows, and
+        for as long as this process is dead in between.
         """
         found: dict[str, set[str]] = {}
         still = {digest for group in now.values() for digest in group}
@@ -230,7 +249,10 @@ class Redirects:
         return {
             old: next(iter(new))
             for old, new in found.items()
-            if len(new) == 1 and "" not in new and old not in still
+            if len(new) == 1
+            and "" not in new
+            and old not in still
+            and self._in_force.may_swap(old, next(iter(new)))
         }
 
     def _direction(self, digest: str) -> bool | None:
@@ -259,7 +281,7 @@ class Redirects:
 
     def _open(self, content: Content) -> Listener | None:
         free = [p for p in self._range if p not in self._listeners and p not in self._removed]
-        busy = self._busy()
+        busy = self._in_force.ports | frozenset(self._busy())
         free = [port for port in free if port not in busy]
         if not free:
             self.problem = (
@@ -278,14 +300,17 @@ class Redirects:
         self._changed.add(listener.port)
         self._removed.discard(listener.port)
 
-    def release_due(self) -> bool:
-        """Have listeners closed that nobody needed for long enough. True if there are any."""
+    def release_due(self, named: Collection[int]) -> bool:
+        """Have listeners closed that nobody needed for long enough, and no row in the kernel names.
+        True if there are any.
+        """
         limit = self._clock() - self._release_delay_s
         due = False
         for listener in self._listeners.values():
             if (
                 listener.idle_since is not None
                 and listener.idle_since <= limit
+                and listener.port not in named
                 and listener.state is not State.LEAVING
             ):
                 listener.state, listener.enforced = State.LEAVING, ""

@@ -53,7 +53,7 @@ from services.agent.policystate import PolicyStateFile
 from services.agent.reconcilers.endpointmap import EndpointMapReconciler
 from services.agent.reconcilers.ipcache import IpcacheReconciler
 from services.agent.reconcilers.policymap import PolicyMapReconciler
-from services.agent.rows import EndpointMapRow, IpcacheRow, Network, PolicyMapRow
+from services.agent.rows import EndpointMapRow, InForceSlot, IpcacheRow, Network, PolicyMapRow
 
 log = structlog.get_logger()
 
@@ -197,6 +197,10 @@ class Regeneration:
         if row is None or self._node_key is None:
             return None
         return self._policies.get(self._node_key)
+
+    def in_force(self) -> list[InForceSlot]:
+        """What the programs find where rows of endpoints lead."""
+        return self.policymap.maps.in_force(self.endpointmap.slots())
 
     def revision_of(self, endpoint: Endpoint) -> int:
         """The store revision of the policy set that the endpoint's policy was made from."""

@@ -90,6 +90,15 @@ class PolicyMapRow:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class InForceSlot:
+    """What the programs find in a slot of cilia_policy now."""
+
+    slot: int
+    row: PolicyMapRow | None  # None: rows of an earlier run, or what a failed write left
+    proxy_ports: frozenset[int]  # that its rows name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IpcacheRow:
     """Who is behind a prefix."""

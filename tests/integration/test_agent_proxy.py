@@ -539,3 +539,41 @@ def test_requests_are_told_of(node: AgentNode, outward: Places) -> None:
 def _until_cancelled(stream: Any) -> Iterator[pb.MonitorEvent]:
     with contextlib.suppress(grpc.RpcError):
         yield from stream
+
+
+TWO_PEERS = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: inward, namespace: default}
+spec:
+  endpointSelector: {matchLabels: {app: deathstar}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: %s}}]
+    toPorts:
+    - ports: [{port: "8000", protocol: TCP}]
+      rules: {http: [{path: /%s}]}
+"""
+
+
+def test_rules_that_go_to_another_peer_are_never_the_first_ones(node: AgentNode) -> None:
+    """The proxy has new rules before the kernel has new rows, and an agent may die in between."""
+    node.delete_policies()
+    address = node.get("deathstar").ipv4
+    node.workload("xwing", "org=alliance", "app=xwing")
+    passed: list[int] = []
+    for number in range(5):
+        node.apply(TWO_PEERS % ("tiefighter", f"his{number}"))
+        with contextlib.closing(connect(node, "tiefighter", address, within_s=0.3)) as connection:
+            assert ask(connection, "GET", f"/his{number}")[0] == 200
+            done = threading.Event()
+
+            def apply(number: int = number, done: threading.Event = done) -> None:
+                node.apply(TWO_PEERS % ("xwing", f"others{number}"))
+                done.set()
+
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(apply)
+                with contextlib.suppress(OSError):
+                    while not done.is_set():
+                        passed.append(ask(connection, "GET", f"/others{number}")[0])
+    assert set(passed) == {403}

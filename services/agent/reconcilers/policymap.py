@@ -50,7 +50,7 @@ from services.agent.policyrows import (
     difference,
     row_differences,
 )
-from services.agent.rows import PolicyMapRow
+from services.agent.rows import InForceSlot, PolicyMapRow
 
 log = structlog.get_logger()
 
@@ -98,6 +98,15 @@ class _Actual:
             return self.row.rows
         assert self.found is not None
         return self.found
+
+    @property
+    def proxy_ports(self) -> frozenset[int]:
+        """Of the proxy, that rows name."""
+        if self.row is not None:
+            ports = self.row.fill.ports
+            return frozenset(ports[x.digest] for x in self.row.state.l7 if x.digest in ports)
+        values = self.rows.value_array()["proxy_port_be"]
+        return frozenset(np.unique(values).tolist()) - {0}
 
 
 @dataclass(slots=True)
@@ -182,6 +191,14 @@ class PolicyMaps:
 
     def slots(self) -> frozenset[int]:
         return frozenset(self._actual)
+
+    def in_force(self, slots: Collection[int]) -> list[InForceSlot]:
+        """What these slots hold, whatever is wanted there."""
+        return [
+            InForceSlot(slot, actual.row, actual.proxy_ports)
+            for slot in slots
+            if (actual := self._actual.get(slot)) is not None
+        ]
 
     def is_summed(self, slot: int) -> bool:
         """Whether it is known what the slot's rows come to, so that rereading it is cheap."""

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cilia.bpf.constants import POLICY_META_HAS_DENY
-from cilia.policy import PolicyEntry, PolicyKey, RuleID
-from services.agent.policyrows import PolicyRows, difference
+from cilia.policy import L7Set, PolicyEntry, PolicyKey, RuleID
+from cilia.policy.api import HTTPRule
+from cilia.policy.l7 import L7Entry
+from cilia.policy.mapstate import Block, L4Key, MapState
+from services.agent.policyrows import PolicyRows, difference, may_swap
 
 State = dict[PolicyKey, PolicyEntry]
 
@@ -115,3 +118,67 @@ def test_masks_name_every_prefix_length(state: State) -> None:
         assert pair[key.egress] >> key.plen & 1
     for mask in (*masks.id, *masks.any):
         assert bool(mask & POLICY_META_HAS_DENY) == denies
+
+
+BEFORE, AFTER, OTHER = (
+    L7Set(parser="http", egress=False, rules=(L7Entry(RuleID(1), HTTPRule(path=path)),))
+    for path in ("/before", "/after", "/other")
+)
+DENY, ALLOW = PolicyEntry(deny=True, rule_id=RuleID(1)), PolicyEntry(deny=False, rule_id=RuleID(1))
+
+
+def through(rules: L7Set) -> PolicyEntry:
+    return PolicyEntry(deny=False, rule_id=RuleID(1), l7=rules)
+
+
+def blocks(*entries: PolicyEntry) -> st.SearchStrategy[dict[int, Block]]:
+    rows = st.dictionaries(
+        st.sampled_from([L4Key(False, 6, 80, 24), L4Key(False, 6, 81, 24), L4Key(False, 0, 0, 0)]),
+        st.sampled_from(entries),
+    )
+    return st.fixed_dictionaries({0: rows, 256: rows, 257: rows})
+
+
+def decision(state: MapState, identity: int, port: int) -> str:
+    match = state.lookup(identity, False, 6, port)
+    if match is None or match.entry.deny:
+        return "deny"
+    return match.entry.l7.digest if match.entry.l7 is not None else "allow"
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    blocks(DENY, ALLOW, through(BEFORE), through(OTHER)),
+    blocks(DENY, ALLOW, through(AFTER), through(OTHER)),
+)
+def test_other_rules_on_a_port_allow_only_what_one_of_both_policies_allows(
+    was: dict[int, Block], will: dict[int, Block]
+) -> None:
+    """The proxy has the new rules, the kernel the old rows."""
+    old, new = MapState(was), MapState(will)
+    if not may_swap(old, new, BEFORE.digest, AFTER.digest):
+        return
+    for identity in (256, 257, 999):
+        for port in (80, 81, 82):
+            before, after = decision(old, identity, port), decision(new, identity, port)
+            now = AFTER.digest if before == BEFORE.digest else before
+            assert now in (before, after, "deny") or after == "allow"
+
+
+def test_rules_change_in_place_where_every_peer_keeps_them() -> None:
+    http, https = L4Key(False, 6, 80, 24), L4Key(False, 6, 81, 24)
+
+    def swap(was: dict[int, Block], will: dict[int, Block]) -> bool:
+        return may_swap(MapState(was), MapState(will), BEFORE.digest, AFTER.digest)
+
+    old: dict[int, Block] = {256: {http: through(BEFORE)}}
+    assert swap(old, {256: {http: through(AFTER)}})
+    assert swap(old, {256: {http: through(AFTER)}, 257: {http: through(AFTER), https: ALLOW}})
+    # Another peer has the rules now; a peer more has them, and the one before none any more.
+    assert not swap(old, {257: {http: through(AFTER)}})
+    assert not swap({**old, 257: {http: through(BEFORE)}}, {256: {http: through(AFTER)}})
+    # A denial, or rules of its own, for one of those whom the rules were for.
+    everyone: dict[int, Block] = {0: {http: through(BEFORE)}}
+    assert swap(everyone, {0: {http: through(AFTER)}})
+    assert not swap(everyone, {0: {http: through(AFTER)}, 257: {http: DENY}})
+    assert not swap(everyone, {0: {http: through(AFTER)}, 257: {http: through(OTHER)}})

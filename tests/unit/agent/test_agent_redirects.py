@@ -13,6 +13,7 @@ from cilia.policy.l7 import L7Entry
 from cilia.statefile import StateFileDamaged
 from services.agent.endpoint import SubjectKey
 from services.agent.redirects import (
+    InForce,
     ListenerState,
     Proxied,
     Redirects,
@@ -31,6 +32,9 @@ def subject(number: int) -> SubjectKey:
     return SubjectKey(NumericIdentity(number), "default", audit=False)
 
 
+NOTHING = InForce()
+
+
 class Desk:
     """Redirects and the other side of their stream."""
 
@@ -40,6 +44,7 @@ class Desk:
         self.taken: set[int] = set()
         self.redirects = self.make()
         self.sequence = 0
+        self.in_force = NOTHING
 
     def make(self, ports: range = range(10000, 10010)) -> Redirects:
         return Redirects(
@@ -53,7 +58,7 @@ class Desk:
     def want(self, *sets: L7Set, pairs: tuple[tuple[L7Set, L7Set], ...] = ()) -> bool:
         """Each set is wanted by a subject of its own, the first by 300, the next by 301."""
         used = {subject(300 + i): frozenset({x}) for i, x in enumerate(sets)}
-        return self.redirects.want(used, pairs)
+        return self.redirects.want(used, pairs, self.in_force)
 
     def sent(self) -> tuple[list[int], list[int]]:
         """Ports told to make or change, and to close."""
@@ -171,11 +176,46 @@ def test_rules_that_others_still_use_are_not_changed(desk: Desk) -> None:
 
 def test_who_changed_two_sets_gets_new_listeners(desk: Desk) -> None:
     """Which of the old ones became which of the new ones is not plain."""
-    desk.redirects.want({subject(300): frozenset({A, B})}, ())
+    desk.redirects.want({subject(300): frozenset({A, B})}, (), NOTHING)
     first, _ = desk.sent()
-    desk.redirects.want({subject(300): frozenset({rules("/c"), rules("/d")})}, ())
+    desk.redirects.want({subject(300): frozenset({rules("/c"), rules("/d")})}, (), NOTHING)
     second, _ = desk.sent()
     assert not set(first) & set(second)
+
+
+def test_rules_of_rows_in_the_kernel_are_not_changed_under_them(desk: Desk) -> None:
+    """Peers that lose rules would have those of others until the rows are written."""
+    desk.want(A)
+    (port,), _ = desk.sent()
+    desk.says(port, "acked")
+    desk.in_force = InForce(frozenset({port}), may_swap=lambda old, new: False)
+    desk.want(B)
+    (other,), _ = desk.sent()
+    assert other != port
+    assert desk.redirects.port(A) == port
+
+
+def test_a_port_that_a_row_names_is_not_given_to_other_rules(desk: Desk) -> None:
+    """Nor closed: a policy that cannot be written leaves its rows in the kernel."""
+    desk.redirects = desk.make(range(10000, 10002))
+    desk.want(A)
+    (port,), _ = desk.sent()
+    desk.says(port, "acked")
+    desk.in_force = InForce(frozenset({port}))
+    desk.want()
+    desk.now += 1000
+    assert not desk.redirects.release_due(desk.in_force.ports)
+
+    # A restart forgets the listeners that nothing needs, and the rows are there still.
+    desk.redirects.save()
+    again = desk.make(range(10000, 10002))
+    again.load()
+    again.want({}, (), desk.in_force)
+    again.snapshot()
+    again.want({subject(300): frozenset({B})}, (), desk.in_force)
+    assert again.listeners.keys() == {10000, 10001} - {port}
+    again.want({subject(300): frozenset({B, rules("/c")})}, (), desk.in_force)
+    assert "is free" in again.problem
 
 
 def test_a_pair_needs_all_three(desk: Desk) -> None:
@@ -203,15 +243,15 @@ def test_a_listener_goes_late_and_its_port_later(desk: Desk) -> None:
     (port,), _ = desk.sent()
     desk.says(port, "acked")
     desk.want()
-    assert not desk.redirects.release_due()
+    assert not desk.redirects.release_due(desk.in_force.ports)
     desk.now += 30
     desk.want(A)  # it came back
     desk.now += 60
-    assert not desk.redirects.release_due()
+    assert not desk.redirects.release_due(desk.in_force.ports)
     assert desk.redirects.port(A) == port
     desk.want()
     desk.now += 61
-    assert desk.redirects.release_due()
+    assert desk.redirects.release_due(desk.in_force.ports)
     assert desk.redirects.port(A) is None
     assert desk.sent() == ([], [port])
     assert port in desk.redirects.ports, "until the proxy says that it is closed"
@@ -225,7 +265,7 @@ def test_wanted_again_while_it_goes(desk: Desk) -> None:
     desk.says(port, "acked")
     desk.want()
     desk.now += 61
-    desk.redirects.release_due()
+    desk.redirects.release_due(desk.in_force.ports)
     desk.want(A)
     assert desk.redirects.port(A) is None
     changed, removed = desk.sent()
@@ -252,17 +292,17 @@ def test_a_restart_believes_what_was_acknowledged(desk: Desk) -> None:
     desk.redirects.save()
     again = desk.make()
     again.load()
-    again.want({subject(300): frozenset({A})}, ())
+    again.want({subject(300): frozenset({A})}, (), NOTHING)
     assert again.port(A) == port
     known, _ = again.snapshot()
     assert [x.port for x in known] == [port]
     # Killed after new rules were sent: whether they are enforced is not known.
-    again.want({subject(300): frozenset({B})}, ())
+    again.want({subject(300): frozenset({B})}, (), NOTHING)
     again.save()
     third = desk.make()
     third.load()
     for wanted in (A, B):
-        third.want({subject(300): frozenset({wanted})}, ())
+        third.want({subject(300): frozenset({wanted})}, (), NOTHING)
         assert third.port(wanted) is None
 
 
@@ -272,7 +312,7 @@ def test_what_a_restart_does_not_need_is_not_in_the_snapshot(desk: Desk) -> None
     desk.redirects.save()
     again = desk.make()
     again.load()
-    again.want({}, ())
+    again.want({}, (), NOTHING)
     assert again.snapshot() == ([], [])
     assert not again.ports
 
