@@ -162,6 +162,12 @@ def unreachable(name: str, socket: str, details: str) -> CliError:
         if labs:
             hint += f"\n  Labs that are up: {' '.join(labs)}"
         return CliError(f"{name} not reachable at {socket}", code=Exit.UNREACHABLE, hint=hint)
+    if not path.is_socket():
+        return CliError(
+            f"{socket} is not a socket, so no {name} can be asked there",
+            code=Exit.UNREACHABLE,
+            hint=f"Name the socket of a running one with --{module}-socket.",
+        )
     if not os.access(path, os.R_OK | os.W_OK):
         return _no_permission(name, socket)
     return CliError(

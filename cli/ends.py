@@ -116,15 +116,14 @@ def _labels(texts: Sequence[str], namespace: str) -> Labels:
         ) from error
 
 
-def port(text: str, *, protocol: str = "TCP") -> tuple[int, int]:
-    """`80/tcp` as (6, 80), of ICMP the type; `protocol` is what is meant without one. Raises
-    CliError."""
+def port(text: str) -> tuple[int, int]:
+    """`80/tcp` as (6, 80), of ICMP the type; a number alone is TCP's. Raises CliError."""
     number, _, said = text.partition("/")
     if not (number.isascii() and number.isdigit()) or int(number) > 65535:
         raise CliError(
             f"{text!r} is not a port: write 80 or 80/tcp (0 to 65535)", code=Exit.INVALID
         )
-    proto = PROTO_BY_NAME.get(said.upper() or protocol)
+    proto = PROTO_BY_NAME.get(said.upper() or "TCP")
     if proto is None:
         raise CliError(
             f"unknown protocol {said!r} in {text!r}: one of TCP, UDP, SCTP, ICMP, ICMPv6, ANY",

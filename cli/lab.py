@@ -169,7 +169,10 @@ def up(settings: Settings, file: Path, name: str | None, keep_failed: bool) -> N
 @click.option("--all", "everything", is_flag=True, help="Every lab, and the remains of any.")
 @pass_settings
 def down(settings: Settings, name: str | None, everything: bool) -> None:
-    """Remove a lab: processes, namespaces, mounts, cgroups, files. Works on any remains."""
+    """Remove a lab: processes, namespaces, mounts, cgroups, files. Works on any remains.
+
+    Without NAME the one that is up, if it is the only one.
+    """
     with _explained():
         if everything:
             if name is not None:

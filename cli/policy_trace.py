@@ -41,9 +41,9 @@ cilia policy trace -s identity:1234 -d 192.0.2.1 --dport 443/tcp --exit-code
     "-p",
     "--dport",
     "dport",
-    default="0/ANY",
     metavar="PORT[/PROTOCOL]",
-    help="Destination port, for example 80/tcp. Without it: any port at all.",
+    help="Destination port, for example 80/tcp; a number alone is TCP's. Without it all ports are "
+    "asked about: allowed when each of them is.",
 )
 @request_options
 @policies_option
@@ -62,7 +62,7 @@ def trace(
     settings: Settings,
     src: tuple[str, ...],
     dst: tuple[str, ...],
-    dport: str,
+    dport: str | None,
     method: str,
     path: str,
     host: str,
@@ -79,7 +79,7 @@ def trace(
     destination's ingress. With --method, --path, --host or --header, about an HTTP request.
     `cilia why` says more about a denial.
     """
-    proto, port = ends.port(dport, protocol="ANY")
+    proto, port = ends.port(dport or "0/ANY")
     request = ends.request(method, path, host, header)
     if policies or endpoints or enforcement or request:
         about = asked.load(
@@ -105,6 +105,8 @@ def trace(
         render.json(shape)
     else:
         _show_trace(settings, shape, src, dst, port, PROTO_NAMES[proto])
+        if dport is None and shape["verdict"] != "allowed":
+            render.warn("All ports were asked about; --dport asks about one.")
     if exit_code and shape["verdict"] != "allowed":
         raise SystemExit(int(Exit.FAILED))
 

@@ -9,6 +9,7 @@ policy     [KIND/][NAMESPACE/]NAME, KIND one of cnp, ccnp, netpol, rules or the 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ KINDS = {
     "networkpolicy": "NetworkPolicy",
     "rules": "Rules",
 }
+
+MAX_NAMES = 8  # that a message lists
 
 PROTOCOLS = ("ANY", "TCP", "UDP", "SCTP", "ICMP", "ICMPV6")
 
@@ -205,7 +208,10 @@ def netns_path(text: str) -> str:
     path = Path(text) if "/" in text else Path("/run/netns") / text
     if not path.exists():
         names = sorted(p.name for p in Path("/run/netns").glob("*"))
-        known = f"Known: {', '.join(names)}." if names else "There is none yet."
+        near = difflib.get_close_matches(path.name, names, n=3)
+        shown = near or names[:MAX_NAMES]
+        more = f", and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        known = f"Known: {', '.join(shown)}{more}." if names else "There is none yet."
         raise CliError(
             f"no network namespace at {path}",
             code=Exit.NOT_FOUND,

@@ -14,6 +14,7 @@ from cli.settings import (
     default_identity_socket,
     default_xds_socket,
     examples,
+    socket_path,
 )
 
 NOUNS = {
@@ -99,9 +100,9 @@ def cli(
 ) -> None:
     """Identity-based networking and policy, enforced in the kernel by eBPF."""
     ctx.obj = Settings(
-        agent_socket=agent_socket,
-        identity_socket=identity_socket,
-        xds_socket=xds_socket,
+        agent_socket=socket_path(agent_socket),
+        identity_socket=socket_path(identity_socket),
+        xds_socket=socket_path(xds_socket),
         output=output,
         color=not no_color and sys.stdout.isatty(),
         timeout_s=timeout,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ class Settings:
     def json(self) -> bool:
         """True when a program reads the output."""
         return self.output == "json"
+
+
+def socket_path(text: str) -> str:
+    """A unix socket's path, also when it is written as gRPC writes it: unix:///path."""
+    return text.removeprefix("unix://") if text.startswith("unix:///") else text
 
 
 def default_agent_socket() -> str:
@@ -94,6 +101,23 @@ class LazyGroup(Group):
             # Shown when the context is gone; how to show it is known here.
             error.as_json = isinstance(ctx.obj, Settings) and ctx.obj.json
             raise
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            # The reader (`| head`) went away: that is its right, and no failure of ours.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            # click knows only those that are imported; this one names those that are not, too.
+            raise click.exceptions.NoSuchCommand(
+                error.command_name, possibilities=self._lazy, ctx=ctx
+            ) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._lazy)

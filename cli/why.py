@@ -150,6 +150,10 @@ def _reader(
         if not who and sys.stdin.isatty():
             raise click.UsageError("give a source and a destination, or a flow on standard input")
         text = next((x for x in sys.stdin.read(MAX_FLOW_BYTES).splitlines() if x.strip()), "")
+    if not text:
+        raise click.UsageError(
+            "give a source and a destination, or a flow on standard input, which is empty"
+        )
     if not text.lstrip().startswith("{"):
         raise click.UsageError(
             "one word is no question: give a source and a destination, or a flow as JSON"

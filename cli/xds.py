@@ -125,6 +125,13 @@ def _subscription_cells(sub: dict[str, Any] | None) -> list[object]:
     ]
 
 
+def _known_type(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """A type URL, or the three letters of one; what is neither would only show nothing."""
+    if value and "." not in value and value.upper() not in _SHORT.values():
+        raise click.BadParameter(f"{value!r} is none of {', '.join(sorted(_SHORT.values()))}")
+    return value if "." in value else value.upper()
+
+
 @xds.command(
     "resources",
     epilog=examples("""
@@ -132,7 +139,9 @@ cilia xds resources
 cilia xds resources --type LDS --node cilia-proxy
 """),
 )
-@click.option("--type", "type_url", default="", help="LDS, RDS, ... or a type URL.")
+@click.option(
+    "--type", "type_url", default="", callback=_known_type, help="LDS, RDS, ... or a type URL."
+)
 @click.option("--node", default="", help="What this node is served.")
 @pass_settings
 def resources(settings: Settings, type_url: str, node: str) -> None:

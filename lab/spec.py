@@ -32,7 +32,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from cilia.labels import Label, LabelError
 from cilia.policy import VISIBILITY_ANNOTATION, parse_visibility
-from lab.errors import LabInvalid
+from lab.errors import LabInvalid, LabNotFound
 from lab.names import LAB_NAME, RESERVED_NODE_NAMES
 
 DNS_LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?\Z")
@@ -207,9 +207,13 @@ def _scalar(value: object) -> str:
 
 
 def load(path: Path, *, name: str | None = None) -> LabSpec:
-    """Read a lab file; `name` overrides the lab's name. Raises LabInvalid."""
+    """Read a lab file; `name` overrides the lab's name. Raises LabInvalid, LabNotFound."""
     try:
         text = path.read_text()
+    except FileNotFoundError as error:
+        raise LabNotFound(
+            f"no lab file {path}", cure="There are some to start from in examples/lab."
+        ) from error
     except OSError as error:
         raise LabInvalid(f"cannot read lab file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -227,6 +231,11 @@ def parse(text: str, *, source: str, base: Path, name: str | None = None) -> Lab
         raise LabInvalid(f"{source}{place}: {error.problem}") from error
     if not isinstance(tree, MutableMapping):
         raise LabInvalid(f"{source}: a lab file is a mapping with `name` and `workloads`")
+    if "kind" in tree and "apiVersion" in tree:
+        raise LabInvalid(
+            f"{source}: this is a {tree['kind']}, not a lab",
+            cure="`cilia policy apply` takes policies; a lab is as examples/lab/star-wars.yaml",
+        )
     if name is not None:
         tree["name"] = name
     try:
@@ -245,6 +254,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_IN_OUR_WORDS = {
+    "Extra inputs are not permitted": "unknown field",
+    "Field required": "is missing",
+    "Input should be a valid list": "must be a list",
+}
+
+
 def _fault(source: str, tree: Any, loc: tuple[int | str, ...], message: str) -> str:
     line = 0
     node = tree
@@ -259,7 +275,8 @@ def _fault(source: str, tree: Any, loc: tuple[int | str, ...], message: str) -> 
                 continue  # pydantic names the branch of a union; the reader wrote none
         path += f"[{part}]" if isinstance(part, int) else (f".{part}" if path else part)
     place = f"{source}:{line}" if line else source
-    return f"{place}: {path}: {message.removeprefix('Value error, ')}"
+    message = _IN_OUR_WORDS.get(message, message.removeprefix("Value error, "))
+    return f"{place}: {path}: {message}"
 
 
 def _to_spec(document: _Lab, *, source: str, base: Path) -> LabSpec:

@@ -131,8 +131,10 @@ def up(spec: LabSpec, *, say: Say, keep_failed: bool = False) -> LabState:
             say("removed the remains of an earlier run")
         try:
             return asyncio.run(_up(spec, say))
-        except BaseException:
+        except BaseException as error:
             if not keep_failed:
+                if isinstance(error, KeyboardInterrupt):
+                    say(f"interrupted: removing what there is of lab {spec.name}")
                 clear(spec.name)
             raise
 

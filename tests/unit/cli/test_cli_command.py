@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +147,9 @@ def _trace(tmp_path: Path, *args: str) -> Result:
     ("src", "dport", "verdict"),
     [
         ("app=front", "80/tcp", "allowed"),
+        ("app=front", "80", "allowed"),  # TCP's, as `why` and people take it
         ("app=front", "81/tcp", "denied"),
+        ("app=front", "80/any", "denied"),  # not on UDP
         ("app=other", "80/tcp", "denied"),
         ("192.0.2.1", "80/tcp", "denied"),
         ("app=front,k8s:io.kubernetes.pod.namespace=shop", "80/tcp", "denied"),
@@ -165,6 +172,13 @@ def test_trace_exit_code_is_asked_for(tmp_path: Path) -> None:
     assert plain.exit_code == 0
     assert plain.stdout.rstrip().endswith("Final verdict: DENIED")
     assert _trace(tmp_path, *denied, "--exit-code").exit_code == Exit.FAILED
+
+
+def test_without_a_port_all_are_asked_about_and_that_is_said(tmp_path: Path) -> None:
+    result = _trace(tmp_path, "-s", "app=front", "-d", "app=web")
+    assert "Final verdict: DENIED" in result.stdout
+    assert "--dport" in result.stderr
+    assert "--dport" not in _trace(tmp_path, "-s", "app=web", "-d", "app=front").stderr
 
 
 ENDPOINTS = "[{name: web, labels: {app: web}}, {name: front, labels: {app: front}}, {name: x}]"
@@ -493,6 +507,17 @@ def test_socket_that_nobody_listens_on(tmp_path: Path) -> None:
     assert "services.identity" in error["hint"]
 
 
+def test_a_socket_may_be_written_as_of_grpc(tmp_path: Path) -> None:
+    result = run("--agent-socket", f"unix://{tmp_path}/agent.sock", "status")
+    assert f"not reachable at {tmp_path}/agent.sock" in result.stderr
+
+
+def test_what_is_no_socket_is_not_called_one(tmp_path: Path) -> None:
+    result = run("--agent-socket", str(tmp_path), "status")
+    assert result.exit_code == Exit.UNREACHABLE
+    assert "is not a socket" in result.stderr
+
+
 def test_version_without_an_agent(tmp_path: Path) -> None:
     result = run("--agent-socket", str(tmp_path / "none"), "version", "-o", "json")
     assert result.exit_code == 0
@@ -584,6 +609,80 @@ def test_one_document_is_one(tmp_path: Path) -> None:
     assert "(1 document)" in run("policy", "validate", str(tmp_path)).output
     (tmp_path / "b.yaml").write_text(POLICY.replace("rule1", "rule2"))
     assert "(2 documents)" in run("policy", "validate", str(tmp_path)).output
+
+
+@pytest.mark.parametrize(
+    ("args", "right"),
+    [(("stauts",), "status"), (("policy", "aply"), "apply"), (("endpoint", "lst"), "list")],
+)
+def test_misspelt_verbs_are_recognised(args: tuple[str, ...], right: str) -> None:
+    assert f"Did you mean '{right}'?" in run(*args).stderr
+
+
+def command(*args: str, reader: str = "cat") -> subprocess.CompletedProcess[str]:
+    """The program as a shell runs it; `reader` gets its output."""
+    line = shlex.join([sys.executable, "-m", "cli", *args])
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{line} | {reader}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("-o", "json", "stauts"),
+        ("policy", "delete", "-o", "json"),
+        ("monitor", "-ojson", "-n", "0"),
+        ("xds", "resources", "--type", "FOO", "--output=json"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_json_where_json_was_asked_for(args: tuple[str, ...]) -> None:
+    done = command(*args)
+    assert done.returncode == Exit.USAGE
+    error = json.loads(done.stderr)["error"]
+    assert (error["code"], error["exit"]) == ("usage", 2)
+    assert "--help" in error["hint"]
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    for args in (("policy", "schema", "--format", "crd"), ("--help",)):
+        done = command(*args, reader="head -1")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
+    """Early, while modules are imported, and later, in the midst of a call."""
+    for said in ("import", "reading"):
+        words = [sys.executable, "-X", "importtime", "-m", "cli", "policy", "validate", "-"]
+        if said == "reading":
+            words[1:3] = []
+        with subprocess.Popen(
+            words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            if said == "import":
+                while "click" not in process.stderr.readline():
+                    pass
+            else:
+                wait_for_read(process.pid)
+            process.send_signal(signal.SIGINT)
+            told = process.stderr.read()
+            code = process.wait(timeout=20)
+        assert "Traceback" not in told, told
+        assert code == (-signal.SIGINT if said == "import" else 130)
+
+
+def wait_for_read(pid: int) -> None:
+    """Until a process waits for its standard input."""
+    deadline = time.monotonic() + 20
+    while "pipe_read" not in Path(f"/proc/{pid}/wchan").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,17 @@ def test_policy_pattern_matches_only_what_it_says() -> None:
     assert not pattern.matches("CiliumNetworkPolicy", "shop", "rule2")
 
 
+def test_of_many_namespaces_the_nearest_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"pod-{number}" for number in range(100)] + ["web-1"]
+    monkeypatch.setattr(Path, "glob", lambda _self, _pattern: map(Path, names))
+    with pytest.raises(CliError) as caught:
+        refs.netns_path("wbe-1")
+    assert caught.value.hint.endswith("Known: web-1, and 100 more.")
+    with pytest.raises(CliError) as caught:
+        refs.netns_path("zzz")
+    assert len(caught.value.hint) < 250
+
+
 def test_missing_namespace_names_the_cure(tmp_path: Path) -> None:
     with pytest.raises(CliError) as caught:
         refs.netns_path(str(tmp_path / "absent"))

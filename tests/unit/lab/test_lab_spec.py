@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab import spec
-from lab.errors import LabInvalid
+from lab.errors import LabInvalid, LabNotFound
 from lab.names import Names, lab_of_namespace
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -58,12 +58,17 @@ def test_annotations() -> None:
     )
 
 
+def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(LabNotFound, match="no lab file"):
+        spec.load(tmp_path / "none.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
         ("[]", "lab.yaml: a lab file is a mapping"),
         ("name: [", "lab.yaml:1:"),
-        ("workloads: []", "lab.yaml: name: Field required"),
+        ("workloads: []", "lab.yaml: name: is missing"),
         ("name: A", "lab.yaml:1: name: must be lower case"),
         ("name: a.b", "name: must be lower case"),
         ("name: a\nnodes: []", "0 nodes: a lab has exactly one node for now"),
@@ -75,7 +80,7 @@ def test_annotations() -> None:
         ("name: a\nworkloads:\n- {name: X}", "workloads[0].name: must be lower case"),
         ("name: a\nworkloads:\n- {name: x, labels: ['=y']}", "workloads[0].labels"),
         ("name: a\nworkloads:\n- {name: x, ports: [0]}", "workloads[0].ports[0]: "),
-        ("name: a\nworkloads:\n- {name: x, lables: {}}", "workloads[0].lables: Extra inputs"),
+        ("name: a\nworkloads:\n- {name: x, lables: {}}", "workloads[0].lables: unknown field"),
         ("name: a\nworkloads: [{name: x}, {name: x}]", "default/x is there twice"),
         ("name: a\nworkloads: [{name: x-1}, {name: x, replicas: 2}]", "default/x-1 is there twice"),
         ("name: a\nworkloads: [{name: x, node: n9}]", "no node 'n9'"),
@@ -86,6 +91,7 @@ def test_annotations() -> None:
         ("name: a\nworkloads: [{name: x, annotations: {a: b}}]", "a means nothing here"),
         ("name: a\npolicies: [absent.yaml]", "policies: no file"),
         ("name: a\nenforcement: maybe", "enforcement: "),
+        ("apiVersion: v1\nkind: Pod\nmetadata: {name: x}", "lab.yaml: this is a Pod, not a lab"),
     ],
 )
 def test_faults_are_named_with_field_and_line(text: str, fault: str) -> None:
