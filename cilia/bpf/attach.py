@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes as C
 import errno
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,9 @@ from cilia.bpf.errors import ENOTSUPP, BpfError
 from cilia.bpf.map import pin_fd
 from cilia.bpf.program import Program
 from cilia.bpf.uapi import AttachType
+from cilia.net.errors import NetworkError
+from cilia.net.filters import PARENT, Filter, filters
+from cilia.net.rtnl import RouteSocket
 
 Direction = Literal["ingress", "egress"]
 Mode = Literal["auto", "tcx", "clsact"]
@@ -39,10 +41,8 @@ FILTER_NAME: Final = "cilia-"
 _MARK: Final = "_clsact"
 
 _TCX: Final = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
-_PARENT: Final = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT: Final = 0xFFFF0000
 _ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
-_TCA_BPF_ID: Final = 11
 _NO_TCX: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP})
 
 
@@ -328,47 +328,39 @@ def _netlink(operation: str, subject: str) -> Iterator[Any]:
 
 
 def _filters(ifindex: int, direction: Direction) -> list[Attachment]:
-    with _netlink("list filters of", f"device {ifindex}") as ipr:
-        return _dump(ipr, ifindex, direction)
-
-
-def _dump(ipr: Any, ifindex: int, direction: Direction) -> list[Attachment]:
-    if not any(_is_clsact(q) for q in ipr.get_qdiscs(index=ifindex)):
-        return []
-    result = []
-    for row in ipr.get_filters(index=ifindex, parent=_PARENT[direction]):
-        options = row.get_attr("TCA_OPTIONS")
-        prog_id = name = None
-        if row.get_attr("TCA_KIND") == "bpf" and options is not None:
-            prog_id, name = _filter_prog_id(options), options.get_attr("TCA_BPF_NAME")
-        handle = row["handle"]
-        if not handle:
-            continue  # the head of a priority, not a filter
-        result.append(
-            Attachment(
-                ifindex=ifindex,
-                direction=direction,
-                kind="clsact",
-                prog_id=prog_id or 0,
-                prog_name=name or "",
-                prio=row["info"] >> 16,
-                handle=handle,
-                ours=handle == FILTER_HANDLE and (name or "").startswith(FILTER_NAME),
-            )
+    try:
+        with RouteSocket() as socket:
+            found = filters(socket, ifindex, direction)
+    except NetworkError as error:
+        raise BpfError(error.errno, "list filters of", f"device {ifindex}") from error
+    return [
+        Attachment(
+            ifindex=ifindex,
+            direction=direction,
+            kind="clsact",
+            prog_id=x.prog_id,
+            prog_name=x.name,
+            prio=x.prio,
+            handle=x.handle,
+            ours=_is_ours(x),
         )
-    return sorted(result, key=lambda a: a.prio)
+        for x in found
+    ]
 
 
-def _filter_prog_id(options: Any) -> int:
-    """TCA_BPF_ID, which pyroute2's table of attributes does not reach: read from the raw bytes."""
-    raw = bytes(options.data[options.offset : options.offset + options.length])
-    at = 4
-    while at + 8 <= len(raw):
-        length, kind = struct.unpack_from("=HH", raw, at)
-        if kind & 0x3FFF == _TCA_BPF_ID:
-            return int(struct.unpack_from("=I", raw, at + 4)[0])
-        at += max(length + 3 & ~3, 4)
-    return 0
+def _is_ours(found: Filter) -> bool:
+    return found.handle == FILTER_HANDLE and found.name.startswith(FILTER_NAME)
+
+
+def filter_is_there(
+    socket: RouteSocket, ifindex: int, direction: Direction, prog: Program, pin: Path
+) -> bool:
+    """Whether `attach_tc` by clsact would change nothing. Costs one dump; raises NetworkError."""
+    return (
+        _mark(pin).exists()
+        and not pin.exists()
+        and any(_is_ours(x) and x.prog_id == prog.id for x in filters(socket, ifindex, direction))
+    )
 
 
 def _is_clsact(qdisc: Any) -> bool:
@@ -382,7 +374,7 @@ def _set_filter(ifindex: int, direction: Direction, prog: Program, pin: Path | N
     with _netlink("attach by clsact", subject) as ipr:
         if not any(_is_clsact(q) for q in ipr.get_qdiscs(index=ifindex)):
             ipr.tc("add", "clsact", ifindex)
-        there = _dump(ipr, ifindex, direction)
+        there = _filters(ifindex, direction)
         ours = [a.prio for a in there if a.ours]
         taken = {a.prio for a in there}
         prio = ours[0] if ours else next(n for n in range(1, 65536) if n not in taken)
@@ -393,7 +385,7 @@ def _set_filter(ifindex: int, direction: Direction, prog: Program, pin: Path | N
             handle=FILTER_HANDLE,
             fd=prog.fd,
             name=FILTER_NAME + prog.name,
-            parent=_PARENT[direction],
+            parent=PARENT[direction],
             direct_action=True,
             prio=prio,
             protocol=_ALL_PROTOCOLS,
@@ -404,19 +396,19 @@ def _drop_filter(ifindex: int, direction: Direction) -> None:
     """Remove our filter, and the qdisc when nobody has a filter left in it."""
     try:
         with _netlink("detach from", f"device {ifindex} {direction}") as ipr:
-            for found in _dump(ipr, ifindex, direction):
+            for found in _filters(ifindex, direction):
                 if found.ours:
                     ipr.tc(
                         "del-filter",
                         "bpf",
                         ifindex,
                         handle=found.handle,
-                        parent=_PARENT[direction],
+                        parent=PARENT[direction],
                         prio=found.prio,
                         protocol=_ALL_PROTOCOLS,
                     )
             if any(_is_clsact(q) for q in ipr.get_qdiscs(index=ifindex)) and not (
-                _dump(ipr, ifindex, "ingress") or _dump(ipr, ifindex, "egress")
+                _filters(ifindex, "ingress") or _filters(ifindex, "egress")
             ):
                 ipr.tc("del", "clsact", ifindex)
     except BpfError as error:

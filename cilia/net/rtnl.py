@@ -43,6 +43,8 @@ GET_NEIGHBOUR: Final = 30
 NEW_RULE: Final = 32
 DELETE_RULE: Final = 33
 GET_RULE: Final = 34
+NEW_FILTER: Final = 44
+GET_FILTER: Final = 46
 
 IFLA_GSO_IPV4_MAX_SIZE: Final = 63
 
@@ -301,6 +303,7 @@ def _classes() -> dict[int, Any]:
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
     from pyroute2.netlink.rtnl.ndmsg import ndmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
+    from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
     class LinkMessage(ifinfmsg):  # type: ignore[misc]  # pyroute2 is untyped
         """With the attributes of Linux 6.3 (linux/if_link.h), of which pyroute2 has no names."""
@@ -316,6 +319,7 @@ def _classes() -> dict[int, Any]:
         NEW_ROUTE: rtmsg,
         NEW_NEIGHBOUR: ndmsg,
         NEW_RULE: fibmsg,
+        NEW_FILTER: tcmsg,
     }
 
 

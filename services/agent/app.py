@@ -237,7 +237,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         on_gone=on_gone,
     )
     device_reconciler = DeviceReconciler(host.devices, datapath)
-    attach_reconciler = AttachReconciler(attachments.reader(), datapath, mode=config.attach)
+    attach_mode = config.attach if config.attach != "auto" else "tcx" if has_tcx() else "clsact"
+    attach_reconciler = AttachReconciler(attachments.reader(), datapath, mode=attach_mode)
     link_reconciler = LinkReconciler(
         links.reader(),
         datapath,
@@ -357,8 +358,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     )
 
     async def resync() -> None:
-        if attach_mode == "tcx":  # a filter costs netlink messages, and is nobody's pin
-            attach_reconciler.trigger_resync()
+        attach_reconciler.trigger_resync()
         device_reconciler.trigger_resync()
         await attach_reconciler.flush()
         await device_reconciler.flush()
@@ -439,7 +439,6 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         kernel_audit=kernel_audit,
         problems=problems,
     )
-    attach_mode = config.attach if config.attach != "auto" else "tcx" if has_tcx() else "clsact"
     policy_documents = PolicyDocuments(
         confirmation=confirmation,
         client=client,

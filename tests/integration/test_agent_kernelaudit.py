@@ -26,7 +26,6 @@ from protos.agent.v1 import agent_pb2 as pb
 from protos.identity.v1 import identity_pb2
 from tests.integration.agentnode import ROOT, AgentNode, eventually
 from tests.integration.test_agent_policy import ALLOW_FRIEND
-from tests.integration.test_agent_restart import attached
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
 
@@ -306,12 +305,6 @@ def test_by_itself_and_by_the_command_line() -> None:
                 return rows.lookup(key) == value
 
         eventually(mended, within_s=10, what="the row is written again")
-        # Programs that somebody takes off are put back.
-        pins = list((node.run_dir / "bpf" / "cilia" / "links").glob("netdev_*"))
-        assert len(pins) == 2
-        for pin in pins:
-            pin.unlink()  # with its pin a link goes
-        eventually(lambda: len(attached(node, "up0")) == 2, within_s=10, what="programs are back")
         words = [sys.executable, "-m", "cli", "--agent-socket", str(node.run_dir / "agent.sock")]
         done = subprocess.run(
             [*words, "policy", "audit-kernel", "-o", "json"],

@@ -18,7 +18,7 @@ from cilia import cleanup
 from cilia.bpf import list_attached
 from cilia.net.netns import NetNS, in_netns
 from protos.agent.v1 import agent_pb2 as pb
-from tests.integration.agentnode import AgentNode, Stream, eventually, refused
+from tests.integration.agentnode import AgentNode, Stream, eventually, refused, run
 from tests.integration.test_agent_policy import ALLOW_FRIEND
 
 pytestmark = pytest.mark.usefixtures("need_bpf", "need_netns", "need_bpffs", "need_objects")
@@ -356,3 +356,42 @@ def test_filters_instead_of_links_and_the_change_from_one_to_the_other(node: Age
         assert {where[1] for where in attached(node, "up0")} == {"tcx"}
         assert node.ping("friend", server.ipv6)
         assert not node.ping("stranger", server.ipv6)
+
+
+@pytest.mark.parametrize("mode", ["tcx", "clsact"])
+def test_programs_that_somebody_takes_off_are_put_back(
+    node: AgentNode, need_tcx: None, mode: str
+) -> None:
+    node.start("identity")
+    node.start("agent", "--attach", mode, "--resync-interval", "1")
+    server = node.workload("server", "app=server")
+    node.workload("friend", "app=friend")
+    node.workload("stranger", "app=stranger")
+    node.apply(ALLOW_FRIEND)
+    devices = ("up0", server.host_interface, node.get("stranger").host_interface)
+    before = {device: attached(node, device) for device in devices}
+    assert {len(found) for found in before.values()} == {2}
+
+    def there() -> bool:
+        return {device: attached(node, device) for device in devices} == before
+
+    agent = node.processes["agent"]
+    agent.send_signal(signal.SIGSTOP)
+    try:
+        if mode == "tcx":
+            for pin in (node.run_dir / "bpf" / "cilia" / "links").iterdir():
+                pin.unlink()  # with its pin a link goes, soon
+        else:
+            # One filter, one hook, all.
+            for words in (
+                f"filter del dev {devices[0]} ingress",
+                f"filter del dev {devices[1]} egress",
+                f"qdisc del dev {devices[2]} clsact",
+            ):
+                run(*node.inside("node", "tc", *words.split()))
+        eventually(lambda: not there(), within_s=5, what="programs are gone")
+    finally:
+        agent.send_signal(signal.SIGCONT)
+    eventually(there, within_s=10, what="programs are back")
+    assert node.ping("friend", server.ipv4)
+    assert not node.ping("stranger", server.ipv4)

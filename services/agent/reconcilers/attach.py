@@ -7,7 +7,9 @@ import errno
 from collections.abc import Collection, Mapping
 
 from cilia.bpf import BpfError
-from cilia.bpf.attach import attach_tc, detach_tc
+from cilia.bpf.attach import attach_tc, detach_tc, filter_is_there
+from cilia.net.errors import NetworkError
+from cilia.net.rtnl import RouteSocket
 from cilia.reconcile import Reconciler
 from cilia.table import ReadTable
 from services.agent.config import AttachMode
@@ -30,18 +32,23 @@ class AttachReconciler(Reconciler[str, AttachRow]):
 
     def _attach_all(self, rows: list[AttachRow]) -> dict[str, Exception]:
         failed: dict[str, Exception] = {}
-        for row in rows:
-            try:
-                attach_tc(
-                    row.ifindex,
-                    row.direction,
-                    self._datapath.program(row.program),
-                    mode=self._mode,
-                    pin=self._datapath.links_dir / row.hook,
-                ).close()
-            except OSError as error:
-                failed[row.hook] = error
+        with RouteSocket() as socket:
+            for row in rows:
+                try:
+                    self._attach(row, socket)
+                except (OSError, NetworkError) as error:
+                    failed[row.hook] = error
         return failed
+
+    def _attach(self, row: AttachRow, socket: RouteSocket) -> None:
+        program = self._datapath.program(row.program)
+        pin = self._datapath.links_dir / row.hook
+        # A link is given its program once more by one call; a filter, by a dozen messages.
+        if self._mode == "clsact" and filter_is_there(
+            socket, row.ifindex, row.direction, program, pin
+        ):
+            return
+        attach_tc(row.ifindex, row.direction, program, mode=self._mode, pin=pin).close()
 
     async def delete(self, row: AttachRow) -> None:
         await self._datapath.run(self._detach, row)
