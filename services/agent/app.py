@@ -363,6 +363,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         await attach_reconciler.flush()
         await device_reconciler.flush()
         await kernel_audit.compare(budget_s=BUDGET_S)
+        regeneration.look_at_all()
         regenerate.trigger()
 
     async def refresh_host() -> None:

@@ -266,10 +266,7 @@ class EndpointLives:
         )
         endpoint = self._endpoints.get(number)
         if endpoint.identity is not None:
-            # Its policy may be in force already: resolved again, it opens the endpoint.
-            subject = self._regeneration.calculation.subject_of(endpoint)
-            assert subject is not None
-            self._regeneration.force(subject)
+            self._regeneration.wired(number)
             self._hand_over(number)
 
     async def _start_identity(self, number: EndpointID, undo: AsyncExitStack | None) -> None:

@@ -8,10 +8,14 @@
             -> announcement               other nodes may send
               -> endpoint rows            the slot that is filled, the identity, EP_F_OPEN
                 -> epoch                  live connections look their peers up again
-                  -> freed slots, identities nobody carries any more
+                  -> told                 who waits for the endpoint hears of it
+                    -> freed slots, identities nobody carries any more
 
 An endpoint is opened only after the policy of its very subject is in its slot. One whose new
 policy cannot be programmed keeps what is in force, and says why.
+
+A flush looks at the endpoints of which something changed since the last one: their row of the
+table, or how a policy or a kernel row of theirs stands. It costs what changed, not what there is.
 """
 
 from __future__ import annotations
@@ -133,6 +137,13 @@ class Regeneration:
         self._kept_revision: dict[EndpointID, int] = {}  # of endpoints whose policy is stale
         self._held: dict[SubjectKey, str] = {}  # by a document that nobody here understands
         self._epoch_due = False
+        self._due: set[EndpointID] = set()  # changed since the last flush folded its inputs
+        self._current: set[EndpointID] = set()  # to be looked at by the flush under way
+        self._seen: tuple[int | None, int | None, int | None] = (None, None, None)  # _look's
+        self._wired: set[EndpointID] = set()  # may be open now, if their policy is in its slot
+        self._subject_errors_told: set[SubjectKey] = set()  # to the endpoints
+        self._users: dict[EndpointID, tuple[SubjectKey, Labels, str]] = {}  # as subjects have them
+        self._ips_version = 0  # raised whenever other nodes' prefixes changed
         self._ipcache_others: object = None  # what the ipcache's rows were made from
         self._ipcache_endpoints: Mapping[EndpointID, Endpoint] = {}
         self._epoch_of = (0, 0)  # what had changed when the epoch was last raised
@@ -224,11 +235,14 @@ class Regeneration:
         """
         self.pending.identities |= changes.identities
         self.pending.policies |= changes.policies
+        elsewhere = any(self._prefix_is_news(prefix) for prefix in changes.ips)
+        if elsewhere:
+            self._ips_version += 1
         return (
-            changes.synced
+            elsewhere
+            or changes.synced
             or bool(changes.policies)
             or any(self._identity_is_news(number) for number in changes.identities)
-            or any(self._prefix_is_news(prefix) for prefix in changes.ips)
         )
 
     def _identity_is_news(self, number: NumericIdentity) -> bool:
@@ -246,6 +260,14 @@ class Regeneration:
     def force(self, subject: SubjectKey) -> None:
         """Resolve and write this subject again although nothing says that it changed."""
         self.pending.force.add(subject)
+
+    def wired(self, number: EndpointID) -> None:
+        """The endpoint's wire is up: the next flush opens it if its policy is in its slot."""
+        self._wired.add(number)
+
+    def look_at_all(self) -> None:
+        """Have the next flush look at every endpoint, whatever is thought to have changed."""
+        self._seen = (None, None, None)
 
     async def wait_folded(self) -> None:
         """Returns when a flush that began after now has made everything known now real."""
@@ -286,10 +308,10 @@ class Regeneration:
         synced, live = self._view.synced, self._view.live
         self._fold()
         calculation = self.calculation
-        self._choose_node()
-        calculation.set_users(
-            endpoint for endpoint in self._endpoints if endpoint.state not in CLOSING
-        )
+        if self._choose_node() | self._users_changed():
+            calculation.set_users(
+                endpoint for endpoint in self._endpoints if endpoint.state not in CLOSING
+            )
         revision = self._view.policy_revision
         gone_prefixes = calculation.cidrs.release_due()
         if calculation.cidrs.unsaved:
@@ -313,9 +335,10 @@ class Regeneration:
             await self._datapath.raise_epoch()
             self._epoch_due, self._epoch_of = False, changes
         if synced:
-            await self._free_slots()
             self._settle_endpoints(revision)
             self._flushed_revision = revision
+            # Last: the kernel waits for a grace period, and nobody else needs to.
+            await self._free_slots()
         calculation.release_prefixes(gone_prefixes)
         self._ended = self._begun
         self._realised.set()
@@ -335,20 +358,67 @@ class Regeneration:
             )
             self._saved_version = version
 
+    def _look(self) -> list[Endpoint]:
+        """The endpoints of which something changed since a flush last settled them."""
+        statuses = (self.policymap.statuses, self.endpointmap.statuses)
+        batch = self._endpoints.table.changes(self._seen[0])
+        policies = statuses[0].changes(self._seen[1])
+        rows = statuses[1].changes(self._seen[2])
+        self._seen = (batch.revision, policies.revision, rows.revision)
+        changed = {change.key for change in batch.changes}
+        changed.update(change.key for change in rows.changes)
+        for subject in policies.changes:
+            changed.update(self._users_of(subject.key))
+        if batch.reset:
+            changed.update(self._users)  # those that are gone are not in it
+        # This flush acts on it where it can; what it has passed already is the next one's.
+        self._current |= changed
+        self._due |= changed
+        found = (self._endpoints.table.get(number) for number in sorted(self._current))
+        return [endpoint for endpoint in found if endpoint is not None]
+
+    def _users_of(self, key: SubjectKey) -> list[EndpointID]:
+        subject = self.calculation.subjects.get(key)
+        return [EndpointID(number) for number in subject.users] if subject is not None else []
+
+    def _users_changed(self) -> bool:
+        """Whether an endpoint came or went, or is another subject's now."""
+        changed = False
+        due = {endpoint.id: endpoint for endpoint in self._look()}
+        for number in self._current:
+            endpoint, user = due.get(number), None
+            if endpoint is not None and endpoint.state not in CLOSING:
+                key = self.calculation.subject_of(endpoint)
+                if key is not None:
+                    user = (key, endpoint.identity_labels, endpoint.qualified_name)
+            if self._users.get(number) == user:
+                continue
+            changed = True
+            if user is None:
+                del self._users[number]
+            else:
+                self._users[number] = user
+        return changed
+
     def _fold(self) -> None:
         pending, self.pending = self.pending, Pending(everything=False)
         view, calculation = self._view, self.calculation
         identities = set(view.identities) if pending.everything else pending.identities
+        self._current |= self._due
+        ours: Iterable[Endpoint] = self._look()
+        self._due.clear()
         for number in identities:
             if not is_cluster(number):
                 continue
             entry = view.identities.get(number)
             if entry is not None:
-                calculation.put_identity(number, entry.labels)
+                if calculation.labels_of(number) != entry.labels:
+                    calculation.put_identity(number, entry.labels)
+                    ours = self._endpoints
             elif not self._in_use(number):
                 calculation.remove_identity(number)
         # Ours are known before the cluster tells us about them.
-        for endpoint in self._endpoints:
+        for endpoint in ours:
             if endpoint.identity is not None and is_cluster(endpoint.identity):
                 calculation.put_identity(endpoint.identity, endpoint.identity_labels)
         names = set(view.policies) if pending.everything else pending.policies
@@ -356,15 +426,19 @@ class Regeneration:
             self._fold_policies(names)
         calculation.mark_dirty(pending.force)
 
-    def _choose_node(self) -> None:
-        """The node is a subject while a rule selects it, and never where nothing is enforced."""
+    def _choose_node(self) -> bool:
+        """The node is a subject while a rule selects it, and never where nothing is enforced.
+
+        False when nothing can have changed.
+        """
         if not self._node_due:
-            return  # looking at every rule is not for every flush
+            return False  # looking at every rule is not for every flush
         self._node_due = False
         calculation = self.calculation
         rules = calculation.engine.repository.rules_for(self._node_labels, node=True)
         chosen = self._node_labels if rules and calculation.mode != "never" else None
         self._node_key = calculation.set_node(chosen)
+        return True
 
     def adopt_node(self, slot: SlotIndex) -> bool:
         """Keep the slot that an earlier run's row of the node leads to."""
@@ -438,6 +512,7 @@ class Regeneration:
             if key in self._held or key in self._subject_errors or self._policies.get(key) is None
         }
         calculation.mark_dirty(more)
+        self._regenerate_wired()
         dirty = calculation.take_dirty()
         for key in sorted(dirty):
             for number in calculation.subjects[key].users:
@@ -458,6 +533,19 @@ class Regeneration:
             # What was made now lasts: later collections need not walk all of it again and again.
             gc.collect()
             gc.freeze()
+
+    def _regenerate_wired(self) -> None:
+        """Endpoints whose wire came up: their policy was made meanwhile, or is made now."""
+        for number in self._wired:
+            endpoint = self._endpoints.table.get(number)
+            key = self.calculation.subject_of(endpoint) if endpoint is not None else None
+            if key is None:
+                continue
+            if key in self._held or key in self._subject_errors or self._done(key) is None:
+                self.calculation.mark_dirty([key])
+            else:
+                self._regenerating(number)
+        self._wired.clear()
 
     def _regenerating(self, number: EndpointID) -> None:
         endpoint = self._endpoints.table.get(number)
@@ -493,7 +581,7 @@ class Regeneration:
 
     def _adopt_policies(self) -> None:
         """Endpoints whose policy is in its slot take it over."""
-        for endpoint in self._endpoints:
+        for endpoint in self._look():
             key = self.calculation.subject_of(endpoint)
             if key is None or endpoint.state in CLOSING:
                 continue
@@ -513,7 +601,7 @@ class Regeneration:
     async def _flush_ipcache(self, *, prune: bool) -> None:
         endpoints = {e.id: e for e in self._endpoints if e.state not in CLOSING}
         others = (
-            self._view.ip_version,
+            self._ips_version,
             self.calculation.cidrs.version,
             self.calculation.host_addresses,
         )
@@ -558,7 +646,7 @@ class Regeneration:
         return True
 
     async def _flush_endpoint_rows(self, *, prune: bool) -> None:
-        for endpoint in self._endpoints:
+        for endpoint in self._look():
             if endpoint.state in CLOSING:
                 self._rows.delete(endpoint.id)
                 continue
@@ -634,7 +722,11 @@ class Regeneration:
         await self.endpointmap.flush()
 
     def _settle_endpoints(self, revision: int) -> None:
-        for endpoint in self._endpoints:
+        self._regenerate_wired()  # the rows were written with those of which it became known since
+        for wrong in self._subject_errors_told | self._subject_errors.keys():
+            self._current.update(self._users_of(wrong))
+        self._subject_errors_told = set(self._subject_errors)
+        for endpoint in self._look():
             key = self.calculation.subject_of(endpoint)
             if key is None or endpoint.state in CLOSING:
                 continue
@@ -685,11 +777,13 @@ class Regeneration:
         for number in [n for n in self._kept_revision if n not in self._endpoints.table]:
             if number != HOST_ID:
                 del self._kept_revision[number]
+        self._current.clear()
 
     async def _free_slots(self) -> None:
         """Subjects that no endpoint has, wants or is still held to by a failed change."""
         needed = set(self.calculation.subjects)
-        needed.update(e.realised for e in self._endpoints if e.realised is not None)
+        # One that is being deleted has had its rows taken away; where that failed they hold it.
+        needed.update(e.realised for e in self._endpoints if e.realised and e.state not in CLOSING)
         idle = [row.subject for row in self._policies if row.subject not in needed]
         if idle or self.calculation.slots.held:
             # A row that could not be written leads to its old slot still.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from cilia.identity import NumericIdentity
+from cilia.identity import EndpointID, NumericIdentity
 from services.agent.clients import IdentityClient, IdentityUnavailable, SessionState
 from services.agent.clusterwatch import Changes, ClusterView, IpEntry
 from services.agent.endpoint import Endpoint, EndpointState
@@ -85,6 +85,10 @@ class Announcer:
         self._session = session
         self._node = node
         self._announced: dict[str, NumericIdentity] = {}
+        self._wanted: dict[str, tuple[NumericIdentity, Endpoint]] = {}  # by prefix
+        self._prefixes: dict[EndpointID, tuple[str, ...]] = {}  # that are in it
+        self._due: set[str] = set()  # which may differ
+        self._seen: int | None = None  # the revision of the endpoints that is in all of them
         self._lock = asyncio.Lock()
         self.host_ip = ""
         self.error = ""
@@ -92,19 +96,12 @@ class Announcer:
     def forget(self) -> None:
         """The lease is new: nothing of ours is published."""
         self._announced.clear()
+        self._due.update(self._wanted)
 
     async def push(self) -> None:
         """Make the service's picture of us current. Raises IdentityUnavailable."""
         async with self._lock:
-            wanted: dict[str, tuple[NumericIdentity, Endpoint]] = {}
-            for endpoint in self._endpoints:
-                if endpoint.realised_identity is None or endpoint.state in (
-                    EndpointState.DISCONNECTING,
-                    EndpointState.DISCONNECTED,
-                ):
-                    continue
-                for address in endpoint.addresses:
-                    wanted[host_prefix(address)] = (endpoint.realised_identity, endpoint)
+            self._look()
             put = [
                 IpEntry(
                     prefix=prefix,
@@ -114,16 +111,46 @@ class Announcer:
                     namespace=endpoint.namespace,
                     workload=endpoint.name,
                 )
-                for prefix, (identity, endpoint) in wanted.items()
+                for prefix in sorted(self._due & self._wanted.keys())
+                for identity, endpoint in (self._wanted[prefix],)
                 if self._announced.get(prefix) != identity
             ]
-            gone = [prefix for prefix in self._announced if prefix not in wanted]
-            if put or gone:
-                await self._client.announce(put, gone)
-                for entry in put:
-                    self._announced[entry.prefix] = entry.identity
-                for prefix in gone:
-                    self._announced.pop(prefix, None)
+            gone = sorted((self._due & self._announced.keys()) - self._wanted.keys())
+            told, self._due = self._due, set()
+            try:
+                if put or gone:
+                    await self._client.announce(put, gone)
+            except BaseException:
+                self._due |= told
+                raise
+            self._announced.update((entry.prefix, entry.identity) for entry in put)
+            for prefix in gone:
+                self._announced.pop(prefix, None)
+
+    def _look(self) -> None:
+        """Take up what changed among the endpoints."""
+        batch = self._endpoints.table.changes(self._seen)
+        self._seen = batch.revision
+        changed = {change.key: change.row for change in batch.changes}
+        if batch.reset:
+            changed.update((number, None) for number in self._prefixes if number not in changed)
+        for number in changed:
+            for prefix in self._prefixes.pop(number, ()):
+                if (mine := self._wanted.get(prefix)) and mine[1].id == number:
+                    del self._wanted[prefix]
+                self._due.add(prefix)
+        for number, endpoint in changed.items():
+            if (
+                endpoint is None
+                or endpoint.realised_identity is None
+                or endpoint.state in (EndpointState.DISCONNECTING, EndpointState.DISCONNECTED)
+            ):
+                continue
+            prefixes = tuple(host_prefix(address) for address in endpoint.addresses)
+            self._prefixes[number] = prefixes
+            self._due.update(prefixes)
+            for prefix in prefixes:
+                self._wanted[prefix] = (endpoint.realised_identity, endpoint)
 
     async def try_push(self) -> bool:
         """As push, but the service's absence, or slowness, is no reason to hold a flush."""

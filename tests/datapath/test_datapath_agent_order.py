@@ -204,6 +204,67 @@ def test_the_epoch_is_raised_for_what_changed_between_flushes(empty: Node, tmp_p
     asyncio.run(scenario())
 
 
+def test_what_changes_during_a_flush_is_for_the_next(empty: Node, tmp_path: Path) -> None:
+    """A flush looks at what changed only: what it has passed already must not be forgotten."""
+    agent = Agent(empty, tmp_path, stored(DENY))
+
+    async def identity_comes() -> None:
+        agent.endpoints.update(EndpointID(5), identity=NumericIdentity(300))
+
+    async def scenario() -> None:
+        await agent.regeneration.read_back()
+        await agent.regeneration.flush()
+        agent.endpoints.insert(agent.endpoint(5, None, 105), "")
+        agent.announce = identity_comes
+        await agent.regeneration.flush()
+        assert not agent.open(105)
+        agent.announce = agent.nothing
+        await agent.regeneration.flush()
+        assert agent.open(105)
+        assert agent.endpoints.get(EndpointID(5)).open
+
+    asyncio.run(scenario())
+
+
+def test_what_a_failed_flush_left_is_for_the_next(empty: Node, tmp_path: Path) -> None:
+    agent = Agent(empty, tmp_path, stored(DENY))
+
+    async def broken() -> None:
+        raise RuntimeError("announcing failed")
+
+    async def scenario() -> None:
+        await agent.regeneration.read_back()
+        await agent.regeneration.flush()
+        agent.endpoints.insert(agent.endpoint(5, 300, 105), "")
+        agent.announce = broken
+        with pytest.raises(RuntimeError):
+            await agent.regeneration.flush()
+        assert not agent.open(105)
+        agent.announce = agent.nothing
+        await agent.regeneration.flush()
+        assert agent.open(105)
+
+    asyncio.run(scenario())
+
+
+def test_the_slot_of_who_is_deleted_is_emptied_at_once(empty: Node, tmp_path: Path) -> None:
+    """Not by the flush that the next endpoint waits for, while a row leads there not at all."""
+    agent = Agent(empty, tmp_path, stored(LOCK))
+
+    async def scenario() -> None:
+        regeneration = agent.regeneration
+        await regeneration.read_back()
+        agent.endpoints.insert(agent.endpoint(5, 300, 105), "")
+        await regeneration.flush()
+        slot = int(agent.row(105)["policy_slot"])
+        agent.endpoints.move(EndpointID(5), EndpointState.DISCONNECTING, "")
+        await regeneration.close(EndpointID(5))
+        await regeneration.flush()
+        assert agent.kernel.map("cilia_policy").inner_id(slot) is None
+
+    asyncio.run(scenario())
+
+
 def test_a_prefix_that_comes_back_is_what_policy_calls_it(empty: Node, tmp_path: Path) -> None:
     """Released by whomever: the ipcache and the rows that deny it must use one number."""
     agent = Agent(empty, tmp_path, stored(DENY))

@@ -25,6 +25,8 @@ from services.agent.rows import EndpointMapRow
 
 assert ENDPOINT.fields is not None
 _SLOT_AT: Final = ENDPOINT.fields["policy_slot"][1]
+_ID_AT: Final = ENDPOINT.fields["id"][1]
+_ID: Final = slice(_ID_AT, _ID_AT + ENDPOINT.fields["id"][0].itemsize)
 _NODE: Final = bytes(4)  # the key of the node's own row
 _SLOT: Final = slice(_SLOT_AT, _SLOT_AT + U32.itemsize)
 
@@ -132,7 +134,7 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
         stale = [
             key
             for key, old in self._by_ifindex.items()
-            if key != ifindex and int(np.frombuffer(old, ENDPOINT)[0]["id"]) == row.id
+            if key != ifindex and self._owner(old) == row.id
         ]
         changed = [key for key in addresses if self._by_address.get(key) != value]
         if not changed and not stale and self._by_ifindex.get(ifindex) == value:
@@ -182,7 +184,7 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
 
     @staticmethod
     def _owner(value: bytes | None) -> int:
-        return int(np.frombuffer(value, ENDPOINT)[0]["id"]) if value is not None else -1
+        return int.from_bytes(value[_ID], "little") if value is not None else -1
 
     async def _remove(self, addresses: list[bytes], interfaces: list[bytes]) -> None:
         def erase() -> None:
