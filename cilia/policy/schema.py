@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -43,6 +43,8 @@ class Checking:
         None  # of a stored document, which has no places itself
     )
     work: Work = field(default_factory=Work)
+    # The mappings that are being checked, outermost first: path, and the fields that belong there.
+    inside: list[tuple[str, Collection[str]]] = field(default_factory=list)
 
     def place(self, path: str, node: Node) -> Origin:
         if self.known_origins is not None:
@@ -302,6 +304,27 @@ class Object:
         if not isinstance(node.value, dict):
             c.fault(path, node, f"must be a mapping, not {kind_of(node.value)}")
             return INVALID
+        c.inside.append((path, self.fields))
+        try:
+            return self._check_fields(node, path, c)
+        finally:
+            c.inside.pop()
+
+    def _unknown(self, name: str, node: Node, c: Checking) -> str:
+        """Of a field that does not belong here: what was meant, or where it belongs."""
+        for path, fields in reversed(c.inside[:-1]):
+            if name in fields:
+                return f"is a field of {path or 'the document'}: indent it less"
+        above = ""
+        for other, child in node.value.items():
+            if other == name:
+                break
+            above = other if other in self.fields and child.value is None else ""
+        if above:
+            return f"unknown field; if it belongs to {above}, which is empty, indent it more"
+        return f"unknown field{suggestion(name, list(self.fields))}"
+
+    def _check_fields(self, node: Node, path: str, c: Checking) -> Any:
         values: dict[str, Any] = {}
         bad = False
         for name, child in node.value.items():
@@ -309,8 +332,7 @@ class Object:
             known = self.fields.get(name)
             if known is None:
                 line, column = (node.keys or {}).get(name, (child.line, child.column))
-                reason = self.elsewhere.get(name)
-                message = reason or f"unknown field{suggestion(name, list(self.fields))}"
+                message = self.elsewhere.get(name) or self._unknown(name, node, c)
                 c.fault(at, Node(name, line, column), message)
                 bad = True
                 continue

@@ -276,7 +276,10 @@ def _rules(node: Node, kind: str, namespace: str | None, c: Checking) -> tuple[R
                 c.fault(
                     key[:80],
                     Node(key, line, column),
-                    f"unknown field{suggestion(key, list(known))}",
+                    "belongs below spec: indent it more"
+                    if "spec" in fields
+                    and key in (kubernetes.SPEC if kind == Kind.NP else RULE).fields
+                    else f"unknown field{suggestion(key, list(known))}",
                 )
         present = [(f, node.value[f]) for f in fields if f in node.value]
         present = [(f, at) for f, at in present if at.value is not None]

@@ -114,6 +114,11 @@ class ElementType:
             )
             for name in (*_peer_fields(other), f"{other}Requires")
         }
+        elsewhere |= {
+            side: f"is a field of NetworkPolicy; here it is {side}Endpoints: [{{matchLabels: "
+            f"...}}], {side}CIDR or another one of {side}...",
+            "ports": "belongs below toPorts: toPorts: [{ports: [...]}]",
+        }
         if egress:
             peers["toServices"] = ListOf(_SERVICE, 1000)
             if not deny:

@@ -251,9 +251,15 @@ def _entries(side: str, other: str) -> ListOf:
         return _Entry(tuple(v.get(side, ())), ports, path, origin)
 
     direction = "ingress" if side == "from" else "egress"
-    wrong = f"in {direction}, peers are listed under `{side}`"
+    elsewhere = {
+        other: f"in {direction}, peers are listed under `{side}`",
+        "toPorts": "is a field of CiliumNetworkPolicy; here it is ports: [{port: ...}]",
+        f"{side}Endpoints": "is a field of CiliumNetworkPolicy; "
+        f"here it is {side}: [{{podSelector: {{matchLabels: ...}}}}]",
+        f"{side}CIDR": f"is a field of CiliumNetworkPolicy; here it is {side}: [{{ipBlock: ...}}]",
+    }
     return ListOf(
-        Object({side: _PEERS, "ports": _PORTS}, build=build, elsewhere={other: wrong}), MAX_RULES
+        Object({side: _PEERS, "ports": _PORTS}, build=build, elsewhere=elsewhere), MAX_RULES
     )
 
 
@@ -317,6 +323,13 @@ SPEC: Final = Object(
         "egress": _entries("to", "from"),
     },
     build=_build_spec,
+    elsewhere={
+        "endpointSelector": "is a field of CiliumNetworkPolicy; here it is podSelector",
+        **dict.fromkeys(
+            ("ingressDeny", "egressDeny", "enableDefaultDeny", "nodeSelector"),
+            "is a field of CiliumNetworkPolicy; NetworkPolicy has nothing like it",
+        ),
+    },
     name="NetworkPolicySpec",
 )
 

@@ -78,6 +78,8 @@ def _build_rule(v: dict[str, Any], node: Node, path: str, c: Checking) -> Any:
         )
         return INVALID
     if not which:
+        if "podSelector" in node.value:
+            return INVALID  # which is a fault, and says what to write instead
         c.fault(where, node, "is missing; {} selects every endpoint")
         return INVALID
     host = which == ["nodeSelector"]
@@ -120,5 +122,10 @@ RULE: Final = Object(
         "log": Object({"value": Text(max_length=1024)}),
     },
     build=_build_rule,
+    elsewhere={
+        "podSelector": "is a field of NetworkPolicy; here it is endpointSelector",
+        "policyTypes": "is a field of NetworkPolicy; here a rule isolates in the directions that "
+        "it has entries for",
+    },
     name="Rule",
 )

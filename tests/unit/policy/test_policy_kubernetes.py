@@ -270,7 +270,10 @@ def test_a_list_as_kubectl_prints_it() -> None:
             "names no source",
         ),
         ("endpointSelector: {}", "spec.endpointSelector", "podSelector"),
-        ("ingressDeny: []", "spec.ingressDeny", "unknown field"),
+        ("ingressDeny: []", "spec.ingressDeny", "NetworkPolicy has nothing like it"),
+        ("ingress: [{fromEndpoints: [{}]}]", "spec.ingress[0].fromEndpoints", "from: [{podSel"),
+        ("egress: [{toCIDR: [10.0.0.0/8]}]", "spec.egress[0].toCIDR", "to: [{ipBlock: ...}]"),
+        ("ingress: [{toPorts: []}]", "spec.ingress[0].toPorts", "here it is ports"),
     ],
 )
 def test_fault(spec: str, path: str, message: str) -> None:

@@ -90,6 +90,41 @@ spec:
     assert 'did you mean "world"' in said[6]
 
 
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        # As in a NetworkPolicy. "nodeSelector", the nearest word, would be about the whole node.
+        (
+            "podSelector: {}",
+            ["spec.podSelector: is a field of NetworkPolicy; here it is endpointS"],
+        ),
+        (
+            "endpointSelector: {}\n  ingress:\n  - from: []\n    ports: []",
+            [
+                "spec.ingress[0].from: is a field of NetworkPolicy; here it is fromEndpoints",
+                "spec.ingress[0].ports: belongs below toPorts",
+            ],
+        ),
+        # Wrong indentation.
+        (
+            "endpointSelector:\n    matchLabels:\n    app: web",
+            ["spec.endpointSelector.app: unknown field; if it belongs to matchLabels, which is em"],
+        ),
+        (
+            "endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    - matchLabels: {a: b}\n"
+            "      toPorts: []",
+            ["spec.ingress[0].fromEndpoints[0].toPorts: is a field of spec.ingress[0]: indent"],
+        ),
+        ("endpointSelector: {}\n  egress: []\ningress: []", ["ingress: belongs below spec"]),
+    ],
+)
+def test_what_was_meant_is_said(spec: str, expected: list[str]) -> None:
+    head = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n  "
+    text = f"{head}{spec}"
+    said = [f"{x.path}: {x.message}" for x in parse_documents(text, source="p.yaml").faults]
+    assert [text[: len(part)] for text, part in zip(said, expected, strict=True)] == expected
+
+
 INGRESS = "  ingress:\n  - "
 EGRESS = "  egress:\n  - "
 

@@ -155,8 +155,8 @@ def damaged(draw: st.DrawFn) -> Any:
 
 # What the parser says of structure, and so does the schema.
 STRUCTURAL = re.compile(
-    r"unknown field|^must be (?!a mapping, or)|^is missing$|belongs to|here it is"
-    r"|is listed under"
+    r"unknown field|is a field of|belongs below|^must be (?!a mapping, or)|^is missing$|belongs to"
+    r"|here it is|is listed under"
     r"|has ports only|cannot name FQDNs|is not a known (kind|operator|family|policy type|mode)"
 )
 
