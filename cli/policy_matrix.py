@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -72,7 +73,7 @@ def matrix(
             render.table(
                 settings,
                 ["SOURCE", "DESTINATION", "PROTOCOL", "PORTS OR TYPES", "L7"],
-                ((shown(row.src), shown(row.dst), *what(row)) for row in answer.rows()),
+                lines(answer.rows()),
             )
 
 
@@ -85,6 +86,26 @@ def write_rows(rows: Iterable[object]) -> None:
         write(separator + json.dumps(row, ensure_ascii=False))
         separator = ",\n"
     write("\n]\n")
+
+
+def lines(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]:
+    """For people: of a pair to which everything is open, one line instead of one a protocol."""
+    for (src, dst), group in itertools.groupby(rows, key=lambda row: (row.src, row.dst)):
+        found = [what(row) for row in group]
+        every = _EVERY[next((x.version for x in (src, dst) if not isinstance(x, str)), 0)]
+        if set(found) == every:
+            found = [("ANY", "all", "")]
+        for cells in found:
+            yield (shown(src), shown(dst), *cells)
+
+
+#: What is open between two ends when everything is; of prefixes ICMP is that of the family.
+_OPEN = {(name, "1-65535", "") for name in ("TCP", "UDP", "SCTP")}
+_EVERY = {
+    0: _OPEN | {("ICMP", "0-255", ""), ("ICMPv6", "0-255", "")},
+    4: _OPEN | {("ICMP", "0-255", "")},
+    6: _OPEN | {("ICMPv6", "0-255", "")},
+}
 
 
 def shown(name: Name) -> str:

@@ -204,6 +204,10 @@ def test_offline_matrix(tmp_path: Path) -> None:
     page = run("policy", "matrix", *files, "-o", "html").stdout
     assert "<td>TCP 80</td>" in page
     table = run("policy", "matrix", *files).stdout
+    words = [line.split() for line in table.splitlines()]
+    assert [x[2:] for x in words if x[:2] == ["default/front", "default/web"]] == [["TCP", "80"]]
+    for pair in (["default/web", "default/x"], ["default/x", "0.0.0.0/0"], ["::/0", "default/x"]):
+        assert [x[2:] for x in words if x[:2] == pair] == [["ANY", "all"]]
     assert re.search(r"^default/front +default/web +TCP +80$", table, re.MULTILINE)
 
 
