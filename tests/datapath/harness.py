@@ -238,6 +238,7 @@ class Node:
                     layouts=layout.CILIA,
                     unpinned=("cilia_work",),
                 )
+                self.configure(obj)
                 obj.load()
                 self.objects.append(obj)
         finally:
@@ -257,6 +258,9 @@ class Node:
         self._inner: dict[int, Map] = {}
         self._rev = 0
         self.reset()
+
+    def configure(self, obj: Object) -> None:
+        """What a test wants otherwise, before an object is loaded."""
 
     def close(self) -> None:
         """Let go of everything."""

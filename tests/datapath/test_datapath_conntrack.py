@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
+
 import pytest
 
-from cilia.bpf import constants
+from cilia.bpf import Object, constants, dropreason, libbpf
+from cilia.bpf.uapi import MapType
 from tests.datapath.harness import (
     IN,
     NODE4,
@@ -383,3 +387,24 @@ def test_lost_events_are_counted(node: Node) -> None:
     assert kept + node.ring.lost - before == sent * 2 * 3  # from, verdict, drop
     assert node.ring.lost > before
     assert b.id == 12
+
+
+class Forgetful(Node):
+    """A node whose connections do not make room for one another."""
+
+    def configure(self, obj: Object) -> None:
+        state = obj._maps.get("cilia_ct")
+        if state is not None:
+            set_type = ctypes.CDLL(libbpf.SONAME).bpf_map__set_type
+            set_type.argtypes = (ctypes.c_void_p, ctypes.c_int)
+            assert set_type(state.handle, MapType.HASH) == 0
+            state.definition = replace(state.definition, type=int(MapType.HASH))
+
+
+def test_a_connection_that_cannot_be_remembered(objects: None) -> None:
+    with Forgetful(cilia_ct=1) as node:
+        assert node.send(node.a, tcp(False, node.a, node.b, "S", 40000)).drops == []
+        second = node.send(node.a, tcp(False, node.a, node.b, "S", 40001))
+        assert (second.verdict, second.drops) == (TC_SHOT, [dropreason.CT_INSERT_FAILED])
+        assert [reason for reason, _ in second.metrics] == [dropreason.CT_INSERT_FAILED]
+        assert node.send(node.a, tcp(False, node.a, node.b, "A", 40000)).drops == []

@@ -26,9 +26,11 @@ from typing import Literal
 
 import pytest
 from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import ICMPv6ND_NS, ICMPv6NDOptSrcLLAddr, IPv6
 from scapy.layers.l2 import Dot1Q, Ether
+from scapy.packet import Raw
 
-from cilia.bpf import Link, attach_tc
+from cilia.bpf import Link, attach_tc, dropreason
 from tests.datapath.harness import (
     ALLOW_ALL,
     GATEWAY_MAC,
@@ -48,6 +50,9 @@ from tests.datapath.harness import (
 )
 
 Mode = Literal["tcx", "clsact"]
+
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/socket.h, linux/if_packet.h
+NEEDS_CHECKSUM = 1  # VIRTIO_NET_HDR_F_NEEDS_CSUM
 
 
 def software_checksums(device: str) -> None:
@@ -425,3 +430,31 @@ def test_world_cannot_reach_in_by_the_stack(net: Live, v6: bool) -> None:
         assert net.ping("world", net.a.ip(v6))[0] != 0
     finally:
         net.spaces["world"].sh(f"ip route del {prefix}")
+
+
+def test_an_answer_that_cannot_be_written(net: Live) -> None:
+    """A solicitation whose sender leaves a checksum to the device, beyond where the answer ends:
+    the kernel does not cut such a packet short."""
+    question = (
+        Ether(src=net.a.mac, dst=net.a.node_mac)
+        / IPv6(src=net.a.ip6, dst=ROUTER6, hlim=255)
+        / ICMPv6ND_NS(tgt=ROUTER6)
+        / ICMPv6NDOptSrcLLAddr(lladdr=net.a.mac)
+        / Raw(struct.pack("BB", 14, 16) + bytes(126))  # a nonce (RFC 3971), long
+    )
+
+    def send(start: int) -> None:
+        header = struct.pack("=BBHHHH", NEEDS_CHECKSUM if start else 0, 0, 0, 0, start, 0)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+            raw.bind(("eth0", 0))
+            raw.send(header + bytes(question))
+
+    def dropped() -> int:
+        found = net.metrics().items()
+        return sum(n for (reason, _), (n, _) in found if reason == dropreason.WRITE_ERROR)
+
+    net.spaces["a"].call(lambda: send(0))
+    assert dropped() == 0
+    net.spaces["a"].call(lambda: send(150))
+    assert dropped() == 1
