@@ -52,6 +52,7 @@ _GOAWAY: Final = 7
 _SMALL_WINDOW: Final = 1024
 # RFC 9113 section 6.5.2
 _DEFAULT_WINDOW: Final = 65535
+_HEADER_TABLE: Final = 4096
 
 
 class Status(enum.IntEnum):
@@ -249,6 +250,10 @@ class Connection:
                 out.append(WindowOpened(event.stream_id or 0))
             case RemoteSettingsChanged():
                 self._count(self._control, now, out, "SETTINGS")
+                # The client's word is how large it may be (RFC 7541 section 4.2), and it would be
+                # searched for each header of ours.
+                encoder = self._h2.encoder
+                encoder.header_table_size = min(encoder.header_table_size, _HEADER_TABLE)
                 out.append(WindowOpened(0))
             case PingReceived() | PriorityUpdated():
                 self._count(self._control, now, out, "PING or PRIORITY frames")

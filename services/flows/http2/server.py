@@ -401,7 +401,14 @@ class GrpcServer:
             )
             log.info("The server is listening.", **{fields.SOCKET: str(self._socket)})
         for host, port in self._listen:
-            server = await self.loop.create_server(self._wire, host, port, ssl=self._tls)
+            server = await self.loop.create_server(
+                self._wire,
+                host,
+                port,
+                ssl=self._tls,
+                # Before that nobody is counted as a connection.
+                ssl_handshake_timeout=_PREFACE_S if self._tls is not None else None,
+            )
             self._servers.append(server)
             log.info("The server is listening.", **{fields.ADDRESS: f"{host}:{port}"})
 
@@ -464,7 +471,7 @@ class GrpcServer:
 def _timeout_s(metadata: Mapping[str, str]) -> float | None:
     """The call's deadline in seconds; an unreadable one is none."""
     text = metadata.get("grpc-timeout", "")
-    if len(text) < 2 or len(text) > 9 or not text[:-1].isdigit() or text[-1] not in _UNITS:
+    if len(text) < 2 or len(text) > 9 or not text[:-1].isdecimal() or text[-1] not in _UNITS:
         return None
     return int(text[:-1]) * _UNITS[text[-1]]
 

@@ -224,6 +224,18 @@ def test_a_flood_of_resets_is_calmed() -> None:
     assert done == 201  # more than ten seconds' worth
 
 
+def test_a_client_does_not_size_our_memory_of_headers() -> None:
+    """It may allow us a table of 4 GiB; each answer is another one, and searched for."""
+    pair = Pair(HEADER_TABLE_SIZE=(1 << 32) - 1)
+    for number in range(200):
+        stream = pair.call()
+        pair.exchange()
+        pair.server.fail(stream, Status.UNIMPLEMENTED, f"{number:0200} is not served here")
+        assert _fields(pair.exchange()[1])["grpc-status"] == "12"
+    table = pair.server._h2.encoder.header_table
+    assert sum(32 + len(name) + len(value) for name, value in table.dynamic_entries) <= 4096
+
+
 def test_cancelling_now_and_then_is_fine() -> None:
     pair = Pair()
     for _ in range(1000):

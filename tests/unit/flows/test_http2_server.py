@@ -203,7 +203,8 @@ def _pem(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> tupl
     )
 
 
-async def test_mutual_tls(tmp_path: Path) -> None:
+async def test_mutual_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.flows.http2.server._PREFACE_S", 1.0)
     authority = _certificate("authority")
     ca, _ = _pem(*authority)
     own, own_key = _pem(*_certificate("node.default.hubble-grpc.cilium.io", authority))
@@ -237,6 +238,11 @@ async def test_mutual_tls(tmp_path: Path) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary(PATH + "who")(b"", timeout=5)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        # Who says nothing is nobody yet, and is not waited for.
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.ports[0])
+        async with asyncio.timeout(10):
+            assert not await reader.read()
+        writer.close()
     finally:
         await server.stop()
 
