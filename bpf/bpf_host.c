@@ -56,6 +56,27 @@ static __always_inline int host_receives(struct __sk_buff *ctx, const struct pac
 	return 0;
 }
 
+#define VLAN_VID_MASK	  0xfff
+#define PRIORITY_TAGS_MAX 2
+
+/*
+ * A tag of VLAN 0 says how urgent a frame is (IEEE 802.1Q). After these programs
+ * the kernel takes it off, be there several, and what is under it is the
+ * device's: so it is taken off before.
+ */
+static __always_inline int untag_priority(struct __sk_buff *ctx)
+{
+	int i;
+
+	for (i = 0; i < PRIORITY_TAGS_MAX; i++) {
+		if (likely(!ctx->vlan_present) || (ctx->vlan_tci & VLAN_VID_MASK))
+			return 0;
+		if (bpf_skb_vlan_pop(ctx))
+			return -DROP_VLAN;
+	}
+	return ctx->vlan_present && !(ctx->vlan_tci & VLAN_VID_MASK) ? -DROP_VLAN : 0;
+}
+
 static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work *w)
 {
 	const struct endpoint *dst;
@@ -65,6 +86,9 @@ static __always_inline int handle_from_netdev(struct __sk_buff *ctx, struct work
 
 	f->received = true;
 	mark_scrub(ctx);
+	ret = untag_priority(ctx);
+	if (unlikely(ret))
+		return ret;
 	parsed = parse(ctx, p);
 	/* No IP, tagged, or so broken that nobody knows whom it is for. */
 	if (addr_is_zero(&p->daddr))

@@ -28,7 +28,7 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import ICMPv6ND_NS, ICMPv6NDOptSrcLLAddr, IPv6
 from scapy.layers.l2 import Dot1Q, Ether
-from scapy.packet import Raw
+from scapy.packet import Packet, Raw
 
 from cilia.bpf import Link, attach_tc, dropreason
 from tests.datapath.harness import (
@@ -417,6 +417,33 @@ def test_a_tagged_packet_is_dropped(net: Live) -> None:
 
     net.spaces["a"].call(send)
     assert net.metrics()[182, OUT][0] == before + 1
+
+
+@pytest.mark.parametrize("tags", [1, 2, 3])
+def test_a_tag_of_vlan_0_hides_nothing(net: Live, v6: bool, tags: int) -> None:
+    """The kernel takes such tags off after the programs have run: the packet is the node's."""
+    node, world = (NODE6, "2001:db8::fe") if v6 else (NODE4, "192.0.2.254")
+    header: Packet = IPv6(src=world, dst=node) if v6 else IP(src=world, dst=node)
+    for _ in range(tags):
+        header = Dot1Q(vlan=0, prio=5) / header
+    frame = Ether(src=GATEWAY_MAC, dst="02:00:00:00:01:01") / header / UDP(sport=1, dport=7777)
+
+    def send() -> None:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.bind(("eth0", 0))
+            raw.send(bytes(frame / b"tagged"))
+
+    net.ping("node", world)  # who is where
+    with net.socket("node", socket.SOCK_DGRAM, node, 7777) as server:
+        server.settimeout(0.3)
+        net.host([Rule(True)])
+        net.spaces["world"].call(send)
+        with pytest.raises(TimeoutError):
+            server.recv(64)
+        net.host([Rule(True), Rule(False)])
+        net.spaces["world"].call(send)
+        if tags < 3:
+            assert server.recv(64) == b"tagged"
 
 
 def test_world_cannot_reach_in_by_the_stack(net: Live, v6: bool) -> None:
