@@ -145,10 +145,10 @@ def _explain(error: grpc.aio.AioRpcError, target: str) -> CliError:
             labs = sorted(Path("/run/cilia-lab").glob("*/*/hubble.sock"))
             if labs:
                 hint += f"\n  Labs that are up: {' '.join(f'--server unix://{p}' for p in labs)}"
-            path = Path(target.removeprefix("unix://"))
-            if target.startswith("unix:///") and not path.exists():
-                # gRPC says so as well, in a line of three names of the same.
-                details = "there is no such socket"
+            if target.startswith("unix:///"):
+                # gRPC says so as well, in a line with three names of the same.
+                found = Path(target.removeprefix("unix://")).exists()
+                details = "nobody listens on it" if found else "there is no such socket"
             return CliError(
                 f"flow service not reachable at {target}: {details}",
                 code=Exit.UNREACHABLE,

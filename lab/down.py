@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cilia.errors import Kind
 from lab import host, process, state
 from lab.errors import LabError
 from lab.names import RUN_ROOT, Names, lab_of_namespace
@@ -51,6 +52,8 @@ def labs() -> list[str]:
 
 def down(lab: str) -> Removed:
     """Remove a lab. Nothing there is success. Raises LabError when something will not go."""
+    if os.geteuid() != 0:  # half of it might go, and the rest stay without what holds it together
+        raise LabError("removing a lab needs root", cure="Run it with sudo.", kind=Kind.DENIED)
     with state.locked(lab):
         return clear(lab)
 

@@ -95,6 +95,13 @@ class KernelTooOld(DomainError):
     default_kind = Kind.PRECONDITION
 
 
+class NotPrivileged(DomainError):
+    """The agent was started by somebody who may not load programs."""
+
+    default_kind = Kind.DENIED
+    default_cure = "Start it as root."
+
+
 async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
     """Makes the parts and adds them, in the order in which they start."""
     problems: list[str] = []
@@ -525,11 +532,15 @@ def _count(endpoints: Endpoints, view: ClusterView, ipam: Ipam) -> None:
 
 
 async def _refuse_old_kernel() -> None:
-    """Asks the kernel by doing; names what is missing and the cure. Raises KernelTooOld."""
+    """Asks the kernel by doing; names what is missing and the cure. Raises KernelTooOld,
+    NotPrivileged."""
     missing = [
         feature for feature in await asyncio.to_thread(probe.features) if not feature.present
     ]
-    for feature in missing:
+    # Without a right everything else is refused as well, and no kernel would help.
+    for feature in sorted(missing, key=lambda feature: not feature.name.startswith("CAP_")):
+        if feature.required and feature.name.startswith("CAP_"):
+            raise NotPrivileged(f"the agent has no {feature.name} here, so {feature.effect}")
         if feature.required:
             raise KernelTooOld(
                 f"this kernel lacks {feature.name} ({feature.detail}): {feature.effect}",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab import down, host
+from lab.errors import LabError
 from tests.e2e.machine import REPOSITORY, Cilia, remains_of, remove_remains, traces_of_ours
 
 TWO = """\
@@ -139,6 +140,18 @@ def test_a_failed_up_says_why_and_leaves_nothing(name: str, tmp_path: Path) -> N
     assert "default/a ended before it listened on 80" in text
     assert "sorry" in text
     assert remains_of(name) == []
+
+
+def test_down_without_root_touches_nothing(
+    name: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_file = Path(Cilia().json("lab", "up", str(file), "--name", name)["nodes"][0]["run_dir"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 1000)
+        with pytest.raises(LabError, match="needs root"):
+            down.down(name)
+    assert state_file.exists()
+    assert Cilia().json("lab", "status", name)[0]["healthy"] is True
 
 
 def test_an_invalid_lab_file_touches_nothing(name: str, tmp_path: Path) -> None:
