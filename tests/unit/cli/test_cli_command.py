@@ -601,6 +601,28 @@ def test_every_verb_is_documented() -> None:
         )
 
 
+def test_every_option_is_documented_and_every_documented_one_is_there() -> None:
+    """Those of flows that --from-, --to- and --not make are documented by these words."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
+    said = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", text))
+    known, missing = {"--help", "--not", "--from-", "--to-"}, []
+    for path in ((), *ALL):
+        command: click.Command = cli
+        for word in path:
+            assert isinstance(command, click.Group)
+            found = command.get_command(click.Context(command), word)
+            assert found is not None
+            command = found
+        for option in (x for x in command.params if isinstance(x, click.Option)):
+            known |= set(option.opts) | set(option.secondary_opts)
+            plain = {x for x in option.opts if not x.startswith(("--from-", "--to-", "--not-"))}
+            if plain and not plain & said:
+                missing.append(f"{' '.join(path)} {option.opts[-1]}")
+    assert not missing, f"docs/cli.md lacks: {missing}"
+    gone = {x for x in said if x.startswith("--")} - known
+    assert not gone, f"docs/cli.md has what is not there: {sorted(gone)}"
+
+
 def test_defaults_are_shown_once_and_plainly() -> None:
     said = " ".join(run("--help").output.split())
     assert "[default: /run/cilia/agent.sock]" in said
