@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from cilia.labels import Labels
 from cilia.policy.l7 import PortNames, port_names
 from cilia.policy.mapstate import Block, lookup_blocks
-from cilia.policy.program import Program, is_host
+from cilia.policy.program import Contribution, Program, is_host
 from cilia.policy.selectorcache import CacheSelector, SelectorCache
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Side:
     def __init__(self, program: Program) -> None:
         self.program: Final = program
         self.numbers: frozenset[int] = frozenset()  # of its selectors
-        self.said: dict[int, CacheSelector] = {}
+        self.said: dict[int, tuple[Contribution, ...]] = {}
         self.tables: Final[dict[object, _Table]] = {}
 
 
@@ -71,7 +71,7 @@ class CompiledPolicy:
         self._names: Final[list[PortNames]] = []
         self._by_program: Final[dict[int, _Side]] = {}
         self._numbers: Final[dict[CacheSelector, int]] = {}
-        self._filed: Final[SelectorCache[int]] = SelectorCache()
+        self._filed: Final[SelectorCache[int, int]] = SelectorCache()
         self._complete = True
 
     @property
@@ -96,9 +96,9 @@ class CompiledPolicy:
             side = self._by_program.get(id(program))
             if side is None:
                 side = self._by_program[id(program)] = _Side(program)
-                for selector in program.selectors:
+                for selector, said in program.selectors().items():
                     known = self._numbers.setdefault(selector, len(self._numbers))
-                    side.said[known] = selector
+                    side.said[known] = said
                     self._filed.acquire(selector, 0, known)
                 side.numbers = frozenset(side.said)
         self._sides.append(side)
@@ -156,7 +156,7 @@ class CompiledPolicy:
         key = met if plain else (met, self._hosts[peer], names)
         table = side.tables.get(key)
         if table is None:
-            own = [c for number in sorted(met) for c in program.selectors[side.said[number]]]
+            own = {c for number in met for c in side.said[number]}
             block, _ = program.block(own, names, self._hosts[peer])
             if len(side.tables) >= _MAX_TABLES:
                 side.tables.clear()

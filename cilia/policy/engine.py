@@ -14,12 +14,19 @@ throughout.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
-from cilia.identity import HOST, identity_name, is_local, is_reserved
+from cilia.identity import (
+    WORLD_IPV4,
+    WORLD_IPV6,
+    identity_name,
+    is_local,
+    is_reserved,
+    reserved_labels,
+)
 from cilia.labels import NAMESPACE_KEY, SOURCE_CIDR, SOURCE_RESERVED, Labels
 from cilia.policy.api import (
     PROTO_BY_NAME,
@@ -43,12 +50,13 @@ from cilia.policy.api import (
 )
 from cilia.policy.compiled import CompiledPolicy
 from cilia.policy.l7 import L7Set, PortNames, port_names
-from cilia.policy.live import Live
+from cilia.policy.live import Live, Newcomer, Said
 from cilia.policy.mapstate import MATCH_NONE, MapState, Match, l4_keys, lookup_blocks
 from cilia.policy.program import (
     EVERYBODY,
     NO_RULE,
     Contribution,
+    Layer,
     Program,
     RuleParts,
     Unenforced,
@@ -56,7 +64,7 @@ from cilia.policy.program import (
     is_host,
     rule_parts,
 )
-from cilia.policy.repository import Repository, RuleIDs, StoredRule
+from cilia.policy.repository import OverlaidIDs, Repository, RuleIDs, StoredRule
 from cilia.policy.selectorcache import CacheSelector, LabelIndex, SelectorCache
 
 Mode = Literal["default", "always", "never"]
@@ -64,6 +72,7 @@ Direction = Literal["ingress", "egress"]
 RuleInfo = RuleRef
 
 _MAX_TRANSIENT: Final = 1024
+_MAX_LAYERS: Final = 1024  # of one rule
 _LAST: Final = DocumentKey("~", "", "")  # sorts after every policy
 # Peers that are no endpoints under policy: nothing judges what they send or receive.
 _NOT_SUBJECTS: Final = frozenset(
@@ -191,7 +200,7 @@ class PolicyEngine:
         self.allow_localhost: Final = allow_localhost
         self.cluster_name: Final = cluster_name
         self.repository: Final = Repository(rule_ids)
-        self.selectors: Final[SelectorCache[Live]] = SelectorCache()
+        self.selectors: Final[SelectorCache[Live, Said]] = SelectorCache()
         self._enforcers = frozenset(enforcers)
         self._parts: Final[dict[StoredRule, RuleParts]] = {}
         self._programs: Final[WeakValueDictionary[_ProgramKey, Program]] = WeakValueDictionary()
@@ -418,13 +427,13 @@ class PolicyEngine:
         self, identity: int, selectors: tuple[CacheSelector, ...], *, gone: bool = False
     ) -> frozenset[Labels]:
         self.version += 1
-        matched: dict[Live, list[int]] = {}
+        matched: dict[Live, list[Said]] = {}
         for selector in selectors:
-            for live, slot in self.selectors.users(selector).items():
-                matched.setdefault(live, []).append(slot)
+            for live, said in self.selectors.users(selector).items():
+                matched.setdefault(live, []).append(said)
         changed: set[Labels] = set()
-        for live, slots in matched.items():
-            if live.change(identity, () if gone else slots):
+        for live, found in matched.items():
+            if live.change(identity, () if gone else found):
                 changed.update(x.labels for x in self._holders[live.key])
         return frozenset(changed)
 
@@ -448,12 +457,7 @@ class PolicyEngine:
         a node.
         """
         held = Subject(subject, mode or self.mode, port_names(named_ports), tuple(visibility))
-        if held in self._stale:
-            self._refresh(held)
-        key = self._subjects.get(held)
-        if key is None:
-            key = self._hold(held)
-        live = self._live[key]
+        live = self.live(held)
         program = live.program
         return ResolvedPolicy(
             subject=subject,
@@ -470,6 +474,13 @@ class PolicyEngine:
             unenforced=(*live.unenforced(), *self._unnamed(program)),
             unseen=program.unseen,
         )
+
+    def live(self, held: Subject) -> Live:
+        """A subject's rows, kept current from now on until `forget`."""
+        if held in self._stale:
+            self._refresh(held)
+        key = self._subjects.get(held)
+        return self._live[self._hold(held) if key is None else key]
 
     def state(self, subject: Subject) -> MapState | None:
         """The rows of a subject that is held, or None if it is not, or if its rules changed since
@@ -492,7 +503,7 @@ class PolicyEngine:
     def _hold(self, held: Subject) -> _ProgramKey:
         key, rules = self._rules(held)
         if key not in self._live:
-            program = self._programs.get(key) or self._compile(key, held, rules)
+            program = self._programs.get(key) or self._compile(held, rules)
             self._programs[key] = program
             live = self._live[key] = Live(program, self.selectors, self._names)
             live.key = key
@@ -539,7 +550,7 @@ class PolicyEngine:
             self._hold(held)
             return
         self._stale.difference_update(group)
-        program = self._compile(wanted, held, rules)
+        program = self._compile(held, rules)
         live = self._live.pop(key)
         self._live[wanted] = live
         live.key = wanted
@@ -550,16 +561,18 @@ class PolicyEngine:
         live.update(program)
 
     def _rules(self, held: Subject) -> tuple[_ProgramKey, tuple[StoredRule, ...]]:
-        node = held.node
-        rules: tuple[StoredRule, ...] = ()
-        if held.mode != "never":
-            rules = self.repository.rules_for(held.labels, node=node)
+        rules = self._rules_about(held)
         init = held.labels.get("init", SOURCE_RESERVED) is not None
         wanted = frozenset().union(*(self._parts_of(x).port_names for x in rules))
         names = tuple(x for x in held.names if x[0] in wanted)
         shown = (held.visibility, self._enforcers) if held.visibility else ()
         parts = tuple(self._parts_of(x).serial for x in rules)
-        return (held.mode, parts, init, node, names, shown), rules
+        return (held.mode, parts, init, held.node, names, shown), rules
+
+    def _rules_about(self, held: Subject) -> tuple[StoredRule, ...]:
+        if held.mode == "never":
+            return ()
+        return self.repository.rules_for(held.labels, node=held.node)
 
     def _parts_of(self, stored: StoredRule) -> RuleParts:
         found = self._parts.get(stored)
@@ -580,20 +593,21 @@ class PolicyEngine:
         if program is None:
             new_key, rules = self._rules(held)
             known = self._programs.get(new_key)
-            program = known if known is not None else self._compile(new_key, held, rules)
+            program = known if known is not None else self._compile(held, rules)
             self._programs[new_key] = program
             self._transient[held] = program
             if len(self._transient) > _MAX_TRANSIENT:
                 self._transient.popitem(last=False)
         return program
 
-    def _compile(self, key: _ProgramKey, held: Subject, rules: tuple[StoredRule, ...]) -> Program:
+    def _compile(self, held: Subject, rules: tuple[StoredRule, ...]) -> Program:
         init = held.labels.get("init", SOURCE_RESERVED) is not None
         parts = [self._parts_of(x) for x in rules]
         sources: tuple[list[RuleRef], list[RuleRef]] = ([], [])
         audited: tuple[list[RuleRef], list[RuleRef]] = ([], [])
         requires: dict[tuple[bool, bool], list[Requirement]] = {}
         unenforced: list[Unenforced] = []
+        everyone: list[Contribution] = []
         for x in parts:
             for direction in (False, True):
                 if (ref := x.isolates[direction]) is not None:
@@ -604,25 +618,16 @@ class PolicyEngine:
         # A node is isolated by rules about it and by nothing else: a mode must lock nobody out.
         always = not held.node and (held.mode == "always" or (held.mode == "default" and init))
         enforced = (always or bool(sources[False]), always or bool(sources[True]))
-        found: dict[CacheSelector, list[Contribution]] = {}
-        everyone: list[Contribution] = []
         restricted = [False, False]  # directions in which some rule says which requests may pass
+        layers = []
         for x, stored in zip(parts, rules, strict=True):
-            for part, said in zip(x.parts, x.contributions(held.names), strict=True):
-                if not said:
-                    continue
-                restricted[part.egress] |= any(c.l7 is not None for c in said)
-                if part.peers is None:
-                    self._say_of_everyone(said, everyone, found)
-                    continue
-                extra = requires.get((part.egress, part.deny), [])
-                for peer in part.peers:
-                    for selector in self._expand(peer, extra):
-                        if isinstance(selector, EndpointSelector) and selector.wildcard:
-                            self._say_of_everyone(said, everyone, found)
-                        else:
-                            found.setdefault(selector, []).extend(said)
-            unenforced += self._missing(stored, x, held)
+            layer = self._layer(stored, x, held.names, requires)
+            unenforced += layer.unenforced
+            everyone += layer.everyone
+            for egress in layer.restricts:
+                restricted[egress] = True
+            if layer.selectors:
+                layers.append(layer)
         unseen: list[Unseen] = []
         for rule in held.visibility:
             egress = rule.path == "egress"
@@ -640,10 +645,7 @@ class PolicyEngine:
             ids=self.repository.ids,
             ingress_enforced=enforced[False],
             egress_enforced=enforced[True],
-            selectors={
-                selector: tuple(said) if len(said) == 1 else tuple(dict.fromkeys(said))
-                for selector, said in found.items()
-            },
+            layers=tuple(layers),
             everyone=tuple(dict.fromkeys(everyone)),
             host_allow=self.allow_localhost
             and (enforced[False] or bool(audited[False]))
@@ -658,17 +660,64 @@ class PolicyEngine:
             peer_ports=tuple(dict.fromkeys(x for part in parts for x in part.peer_ports)),
         )
 
-    @staticmethod
-    def _say_of_everyone(
-        said: Iterable[Contribution],
-        everyone: list[Contribution],
-        found: dict[CacheSelector, list[Contribution]],
-    ) -> None:
-        for c in said:
-            # What a port's name means is each peer's own affair.
-            (found.setdefault(EVERYBODY, []) if c.named else everyone).append(c)
+    def _layer(
+        self,
+        stored: StoredRule,
+        parts: RuleParts,
+        names: PortNames,
+        requires: Mapping[tuple[bool, bool], list[Requirement]],
+    ) -> Layer:
+        """What one rule says of whom. The same again for subjects that it means the same for."""
+        names = tuple(x for x in names if x[0] in parts.port_names)
+        key = names, tuple((side, tuple(found)) for side, found in requires.items())
+        layer = parts.layers.get(key)
+        if layer is None:
+            if len(parts.layers) >= _MAX_LAYERS:
+                parts.layers.clear()
+            layer = parts.layers[key] = self._make_layer(stored, parts, names, requires)
+        return layer
 
-    def _missing(self, stored: StoredRule, parts: RuleParts, held: Subject) -> Iterator[Unenforced]:
+    def _make_layer(
+        self,
+        stored: StoredRule,
+        parts: RuleParts,
+        names: PortNames,
+        requires: Mapping[tuple[bool, bool], list[Requirement]],
+    ) -> Layer:
+        found: dict[CacheSelector, Said] = {}
+        everyone: list[Contribution] = []
+        restricts: set[bool] = set()
+        for part, said in zip(parts.parts, parts.contributions(names), strict=True):
+            if not said:
+                continue
+            if any(c.l7 is not None for c in said):
+                restricts.add(part.egress)
+            extra = requires.get((part.egress, part.deny), [])
+            for peer in part.peers if part.peers is not None else (None,):
+                selectors = (EVERYBODY,) if peer is None else self._expand(peer, extra)
+                for selector in selectors:
+                    if selector == EVERYBODY:
+                        everyone += [c for c in said if not c.named]
+                        # What a port's name means is each peer's own affair.
+                        own: Said = tuple(c for c in said if c.named)
+                        if not own:
+                            continue
+                    else:
+                        own = said
+                    before = found.get(selector)
+                    if before is None:
+                        found[selector] = own
+                    elif before[-len(own) :] != own:  # it may be named twice
+                        found[selector] = (*before, *own)
+        return Layer(
+            selectors=found,
+            everyone=tuple(everyone),
+            said=frozenset().union(*found.values()),
+            restricts=frozenset(restricts),
+            unenforced=tuple(self._missing(stored, names)),
+        )
+
+    def _missing(self, stored: StoredRule, names: PortNames) -> Iterator[Unenforced]:
         """What of a rule allows nothing, for want of a table or of a name."""
         number = self.repository.ids.number
         for x in stored.rule.elements:
@@ -686,8 +735,7 @@ class PolicyEngine:
             for rule in x.ports or ():
                 for port in rule.named:
                     if not x.egress and not any(
-                        name == port.name and port.proto in (0, proto)
-                        for name, _, proto in held.names
+                        name == port.name and port.proto in (0, proto) for name, _, proto in names
                     ):
                         whys[f"the endpoint has no port named {port.name!r}"] = None
             if whys:
@@ -737,9 +785,14 @@ class PolicyEngine:
         """The policies as they are now, made ready for many questions."""
         return CompiledPolicy(self, mode=mode)
 
-    def preview(self, documents: Iterable[Document]) -> Preview:
-        """What other documents would mean for the identities there are. Enters them nowhere."""
-        return Preview(self, documents)
+    def preview(
+        self, documents: Iterable[Document], numbered: Collection[Network] | None = None
+    ) -> Preview:
+        """What it would mean to put these documents. Enters them nowhere.
+
+        `numbered` are the prefixes that have identities; by default those that rules name now.
+        """
+        return Preview(self, documents, self.repository.named if numbered is None else numbered)
 
     # ---- questions
 
@@ -890,32 +943,67 @@ class PolicyEngine:
         )
 
 
-class Preview:
-    """How large map states would be under other documents than those in force.
+class _Overlay(PolicyEngine):
+    """An engine as it would be with other documents put; its rules only, and no identities."""
 
-    It reads the engine's identities and writes nothing of the engine.
+    def __init__(self, base: PolicyEngine, documents: Iterable[Document]) -> None:
+        super().__init__(
+            base.mode,
+            base.allow_localhost,
+            base.cluster_name,
+            rule_ids=OverlaidIDs(base.repository.ids),
+            enforcers=base.enforcers,
+        )
+        self._base: Final = base
+        self._fqdn, self._services = base._fqdn, base._services
+        for document in documents:
+            self.repository.upsert(document)
+        self._put: Final = frozenset(self.repository.names())
+
+    def _rules_about(self, held: Subject) -> tuple[StoredRule, ...]:
+        left = (x for x in self._base._rules_about(held) if x.document.key not in self._put)
+        return tuple(sorted((*left, *super()._rules_about(held)), key=lambda x: x.order))
+
+    def _parts_of(self, stored: StoredRule) -> RuleParts:
+        """What is in force is ready, and need not be made again."""
+        mine = stored.document.key in self._put
+        return super()._parts_of(stored) if mine else self._base._parts_of(stored)
+
+    def compile_for(self, held: Subject) -> Program:
+        return self._compile(held, self._rules_about(held))
+
+
+class Preview:
+    """How large map states would be with other documents put than those in force.
+
+    It reads what the engine knows, adds what the documents would change, and leaves no trace.
     """
 
-    def __init__(self, engine: PolicyEngine, documents: Iterable[Document]) -> None:
+    def __init__(
+        self, engine: PolicyEngine, documents: Iterable[Document], numbered: Collection[Network]
+    ) -> None:
         self._engine: Final = engine
-        self._scratch: Final = PolicyEngine(
-            engine.mode, engine.allow_localhost, engine.cluster_name, enforcers=engine.enforcers
-        )
-        self._scratch._fqdn, self._scratch._services = engine._fqdn, engine._services
-        for document in documents:
-            self._scratch.repository.upsert(document)
+        self._overlay: Final = _Overlay(engine, documents)
+        fresh = [x for x in self._overlay.repository.prefixes() if x not in numbered]
+        self._fresh = self._selectors_of(fresh)
+        self._counted: Final[dict[tuple[object, ...], int]] = {}
 
-    def cidr_prefixes(self) -> frozenset[Network]:
-        return self._scratch.repository.prefixes()
-
-    def policy(self, subject: Labels, *, mode: Mode | None = None) -> tuple[bool, bool]:
-        """Whether the subject would be isolated, on ingress and on egress."""
-        program = self._program(Subject(subject, mode or self._scratch.mode))
-        return program.ingress_enforced, program.egress_enforced
-
-    def _program(self, held: Subject) -> Program:
-        key, rules = self._scratch._rules(held)
-        return self._scratch._compile(key, held, rules)
+    def _selectors_of(self, prefixes: list[Network]) -> dict[int, Newcomer]:
+        """Numbers that nobody has, and the selectors of prefixes that select them."""
+        added: SelectorCache[None, None] = SelectorCache()
+        for stored in self._overlay.repository.rules():
+            for element in stored.rule.elements:
+                for peer in element.peers or ():
+                    if isinstance(peer, CidrSelector):
+                        added.acquire(peer, None, None)
+        present = self._engine.selectors
+        return {
+            -1 - n: (
+                reserved_labels(WORLD_IPV4 if prefix.version == 4 else WORLD_IPV6),
+                [*present.covering(prefix), *added.covering(prefix)],
+            )
+            for n, prefix in enumerate(prefixes)
+        }
 
     def rows(
         self,
@@ -923,26 +1011,17 @@ class Preview:
         *,
         mode: Mode,
         named_ports: Mapping[str, tuple[int, int]] | PortNames | None = None,
-        more: Iterable[Labels] = (),
+        visibility: Iterable[PortRule] = (),
     ) -> int:
-        """The rows of a subject's map state, with an identity each for `more` label sets."""
-        program = self._program(Subject(subject, mode, port_names(named_ports)))
-        known, names = self._engine.selectors, self._engine._names
-        matched: dict[int, list[Contribution]] = {}
-        for selector, said in program.selectors.items():
-            for identity in known.search(selector):
-                matched.setdefault(identity, []).extend(said)
-        if program.host_allow:
-            matched.setdefault(HOST, [])
-        sizes: dict[object, int] = {}
-        count = len(program.wildcard)
-        for identity, found in matched.items():
-            of = names.get(identity, ()) if program.uses_names else ()
-            key = (tuple(map(id, found)), of, identity == HOST)
-            if key not in sizes:
-                sizes[key] = len(program.block(found, of, identity == HOST)[0])
-            count += sizes[key]
-        return count + sum(len(program.block_of(labels)) for labels in more)
+        """The rows of a subject's map state, with identities for all prefixes of rules. The subject
+        is held from now on."""
+        held = Subject(subject, mode, port_names(named_ports), tuple(visibility))
+        live = self._engine.live(held)
+        program = self._overlay.compile_for(held)
+        key = (live, program.layers, program.everyone, *program.bounds)
+        if key not in self._counted:
+            self._counted[key] = live.rows_under(program, self._fresh)
+        return self._counted[key]
 
 
 def _protocol(proto: int | str) -> int:

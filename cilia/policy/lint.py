@@ -118,7 +118,7 @@ class _Lint:
         ]
         self.faults: list[Fault] = []
         self._names = tuple(endpoints or ())
-        self._known: SelectorCache[object] = SelectorCache()
+        self._known: SelectorCache[object, None] = SelectorCache()
         for number, labels in enumerate((endpoints or {}).values()):
             self._known.add_identity(number, labels)
 

@@ -1,7 +1,11 @@
 """What all rules about one subject say, selector by selector, and the rows that follow for a peer.
 
-    StoredRule ──▶ RuleParts (once a rule) ──▶ Program (once a set of rules) ──▶ block of rows (once
-                                                            a set of selectors that match a peer)
+    StoredRule ──▶ RuleParts (once a rule) ──▶ Layer (once a rule, and whom it is asked for)
+                ──▶ Program (once a set of rules: their layers) ──▶ block of rows (once a set of
+                                                                     contributions about a peer)
+
+A program holds layers and copies none of them: a rule may name tens of thousands of peers, and the
+next program that it is part of costs a pointer.
 
 A row is decided by everything that covers it: the peer's own rules and those for everyone, of the
 same L4 prefix and of shorter ones. Three things make rows that no rule names by itself:
@@ -108,6 +112,22 @@ class _Part:
     named: tuple[tuple[PortRule, Contribution], ...]  # ingress: the subject's own port names
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What one rule says of whom, for subjects with the same port names. Equal only to itself."""
+
+    selectors: Mapping[CacheSelector, tuple[Contribution, ...]]
+    everyone: tuple[Contribution, ...]  # what is said of every peer
+    said: frozenset[Contribution]  # all that some selector says
+    restricts: frozenset[bool]  # directions, egress or not, in which it says which requests pass
+    unenforced: tuple[Unenforced, ...]  # for want of a table or of a port's name
+
+    @property
+    def uses_names(self) -> bool:
+        """Whether what it says depends on the port names of peers."""
+        return any(c.named for c in self.said)
+
+
 @dataclass(slots=True, eq=False)
 class RuleParts:
     """One rule, made ready to be put together with others."""
@@ -121,6 +141,8 @@ class RuleParts:
     peer_ports: tuple[tuple[RuleRef, str], ...]  # names that peers' ports are asked for by
     serial: int  # never that of others
     _of_names: dict[PortNames, tuple[tuple[Contribution, ...], ...]] = field(default_factory=dict)
+    #: What the engine made of it, by the subject's port names and what other rules require.
+    layers: dict[object, Layer] = field(default_factory=dict)
 
     def contributions(self, names: PortNames) -> tuple[tuple[Contribution, ...], ...]:
         """Part by part, for a subject with these named ports."""
@@ -159,7 +181,13 @@ def rule_parts(
     requires: dict[tuple[bool, bool], tuple[Requirement, ...]] = {}
     parts: list[_Part] = []
     unenforced: list[Unenforced] = []
-    subject_names: set[str] = set()
+    subject_names = {
+        port.name
+        for x in rule.elements
+        if not x.egress
+        for port_rule in x.ports or ()
+        for port in port_rule.named
+    }
     peer_ports: dict[tuple[RuleRef, str], None] = {}
     for n, x in enumerate(rule.elements):
         for required in x.requires or ():
@@ -190,7 +218,6 @@ def rule_parts(
             own = Contribution(x.deny, report, keys, number, order, port_rule.l7)
             if port_rule.named and not x.egress:
                 named.append((port_rule, own))
-                subject_names.update(port.name for port in port_rule.named)
                 continue
             if keys:
                 found.append(own)
@@ -233,7 +260,7 @@ class Program:
     ids: RuleIDs
     ingress_enforced: bool
     egress_enforced: bool
-    selectors: Mapping[CacheSelector, tuple[Contribution, ...]]
+    layers: tuple[Layer, ...]  # by the order of rules
     everyone: tuple[Contribution, ...]  # what is said of every peer
     host_allow: bool = False
     default_deny: tuple[tuple[RuleRef, ...], tuple[RuleRef, ...]] = ((), ())
@@ -249,7 +276,7 @@ class Program:
     _special: bool = False  # some of `everyone` has an L7 part or only audits
 
     def __post_init__(self) -> None:
-        self.uses_names = any(c.named for found in self.selectors.values() for c in found)
+        self.uses_names = any(layer.uses_names for layer in self.layers)
         self._special = any(c.l7 is not None or c.audit for c in self.everyone)
         rows, self.conflicts = self._rows((), (), False)
         for egress in (False, True):
@@ -261,10 +288,32 @@ class Program:
             rows[row] = PolicyEntry(False, NO_RULE, would, None, True) if audit else IMPLICIT
         self.wildcard = rows
 
+    def selectors(self) -> dict[CacheSelector, tuple[Contribution, ...]]:
+        """All layers as one table, made anew each time."""
+        found: dict[CacheSelector, tuple[Contribution, ...]] = {}
+        for layer in self.layers:
+            for selector, said in layer.selectors.items():
+                before = found.get(selector)
+                found[selector] = said if before is None else (*before, *said)
+        return found
+
+    @property
+    def bounds(self) -> tuple[bool, bool, bool, bool]:
+        return self.ingress_enforced, self.egress_enforced, self.host_allow, self.uses_names
+
+    def same_base(self, other: Program) -> bool:
+        """Whether equal contributions about a peer give equal rows under both."""
+        return (
+            self.everyone == other.everyone
+            and self.wildcard == other.wildcard
+            and self.bounds == other.bounds
+        )
+
     def block(
-        self, own: Sequence[Contribution], names: PortNames, host: bool
+        self, own: Iterable[Contribution], names: PortNames, host: bool
     ) -> tuple[Block, tuple[Unenforced, ...]]:
         """A peer's own rows, given what is said of it, and conflicts that were met."""
+        own = sorted(own, key=_order)
         implicit = host and self.host_allow
         if self._special or any(c.l7 is not None or c.audit for c in own):
             rows, conflicts = self._rows(own, names, implicit)
@@ -281,12 +330,13 @@ class Program:
         key = labels, (names if self.uses_names else ())
         found = self._by_labels.get(key)
         if found is None:
-            own = [
+            own = {
                 c
-                for selector, said in self.selectors.items()
+                for layer in self.layers
+                for selector, said in layer.selectors.items()
                 if selector.matches(labels)
                 for c in said
-            ]
+            }
             found, _ = self.block(own, key[1], is_host(labels))
             if len(self._by_labels) >= _MAX_MEMO:
                 self._by_labels.clear()

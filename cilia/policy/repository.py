@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
@@ -117,6 +117,22 @@ class RuleIDs:
 
     def get(self, number: int) -> RuleRef | None:
         return self._refs.get(RuleID(number))
+
+
+class OverlaidIDs(RuleIDs):
+    """Numbers of rules that are only looked at, over those of the rules in force."""
+
+    def __init__(self, base: RuleIDs) -> None:
+        super().__init__(base._digest)
+        self._base: Final = base
+
+    def number(self, key: DocumentKey, path: str) -> RuleID:
+        own = self._by_place.get((key, path))
+        return own if own is not None else self._base.number(key, path)
+
+    def ref(self, number: int) -> RuleRef:
+        own = self._refs.get(RuleID(number))
+        return own if own is not None else self._base.ref(number)
 
 
 def _digest(text: str, probe: int) -> int:
@@ -242,6 +258,11 @@ class Repository:
     def rules(self) -> Iterator[StoredRule]:
         for _, rules in self._documents.values():
             yield from rules
+
+    @property
+    def named(self) -> Collection[Network]:
+        """What `prefixes` gives, as it is from now on."""
+        return self._prefixes.keys()
 
     def prefixes(self) -> frozenset[Network]:
         """The prefixes and exceptions that rules name; not /0, the world of its family."""

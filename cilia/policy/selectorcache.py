@@ -20,6 +20,7 @@ CacheSelector = EndpointSelector | CidrSelector
 T = TypeVar("T")
 K = TypeVar("K")
 U = TypeVar("U")
+V = TypeVar("V")
 
 # Nearly every endpoint of a place shares these, so they are the worst labels to file under.
 _COMMON_KEYS: Final = frozenset((NAMESPACE_KEY, CLUSTER_KEY))
@@ -80,8 +81,8 @@ class AnchorIndex(Generic[T]):
 
 
 @dataclass(slots=True)
-class _Cached(Generic[U]):
-    users: dict[U, int] = field(default_factory=dict)
+class _Cached(Generic[U, V]):
+    users: dict[U, V] = field(default_factory=dict)
     identities: set[int] = field(default_factory=set)
 
 
@@ -118,14 +119,14 @@ class LabelIndex(Generic[T]):
         return best
 
 
-class SelectorCache(Generic[U]):
+class SelectorCache(Generic[U, V]):
     """Which identities each selector in use selects, kept current as both come and go.
 
-    Its users are told apart by what they are; each has a number of its own for a selector.
+    Its users are told apart by what they are; each keeps a word of its own with a selector.
     """
 
     def __init__(self) -> None:
-        self._selectors: Final[dict[CacheSelector, _Cached[U]]] = {}
+        self._selectors: Final[dict[CacheSelector, _Cached[U, V]]] = {}
         self._index: Final[AnchorIndex[EndpointSelector]] = AnchorIndex()
         self._prefixes: Final[dict[tuple[int, int], dict[int, dict[CidrSelector, None]]]] = {}
         self._labels: Final[dict[int, Labels]] = {}
@@ -182,8 +183,9 @@ class SelectorCache(Generic[U]):
     def __len__(self) -> int:
         return len(self._selectors)
 
-    def acquire(self, selector: CacheSelector, user: U, number: int) -> Set[int]:
-        """Use a selector; gives what it selects, a set kept current."""
+    def acquire(self, selector: CacheSelector, user: U, word: V) -> Set[int]:
+        """Use a selector, or keep another word with it; gives what it selects, a set kept
+        current."""
         cached = self._selectors.get(selector)
         if cached is None:
             cached = self._selectors[selector] = _Cached()
@@ -194,16 +196,21 @@ class SelectorCache(Generic[U]):
                 home = self._prefixes.setdefault((prefix.version, prefix.prefixlen), {})
                 home.setdefault(int(prefix.network_address), {})[selector] = None
             cached.identities.update(self.search(selector))
-        cached.users[user] = number
+        cached.users[user] = word
         return cached.identities
 
     def selected(self, selector: CacheSelector) -> Set[int]:
         """What a selector in use selects, a set kept current."""
         return self._selectors[selector].identities
 
-    def users(self, selector: CacheSelector) -> Mapping[U, int]:
-        """Who uses a selector, and under which number."""
+    def users(self, selector: CacheSelector) -> Mapping[U, V]:
+        """Who uses a selector, each with the word that it keeps."""
         return self._selectors[selector].users
+
+    def word(self, selector: CacheSelector, user: U) -> V | None:
+        """What a user keeps with a selector; None where it does not use it."""
+        cached = self._selectors.get(selector)
+        return cached.users.get(user) if cached is not None else None
 
     def release(self, selector: CacheSelector, user: U) -> None:
         cached = self._selectors[selector]
@@ -242,8 +249,11 @@ class SelectorCache(Generic[U]):
             if selector.matches(labels):
                 yield selector
         network = cidr_prefix(labels)
-        if network is None:
-            return
+        if network is not None:
+            yield from self.covering(network)
+
+    def covering(self, network: Network) -> Iterator[CidrSelector]:
+        """The selectors of prefixes in use that select all of a network."""
         address, bits = int(network.network_address), network.max_prefixlen
         for (version, length), home in self._prefixes.items():
             if version != network.version or length > network.prefixlen:

@@ -433,26 +433,21 @@ class Calculation:
 
         It changes nothing: prefixes that have no number yet are counted as if each had one.
         """
-        given = {document.key: document for document in puts.values()}
-        present = {document.key: document for document in self._documents.values()}
+        preview = self.engine.preview(puts.values(), self._cidr_in_engine)
         for key in sorted(self.subjects_of(puts.values())):
             subject = self._subjects.get(key)
             if subject is None:  # gone since the one before was looked at
                 continue
-            mode, labels = key.mode, subject.labels
-            stored = self.engine.repository.rules_for(labels, node=is_node(labels))
-            wanted = {x.document.key: present[x.document.key] for x in stored} | given
-            preview = self.engine.preview(wanted.values())
-            fresh = (
-                cidr_labels(prefix)
-                for prefix in preview.cidr_prefixes()
-                if prefix.prefixlen and prefix not in self._cidr_in_engine
-            )
             yield Preview(
                 subject=key,
                 users=tuple(sorted(subject.users.values())),
                 rows_now=len(self.resolve(key).mapstate),
-                rows=preview.rows(labels, mode=mode, named_ports=key.ports, more=fresh),
+                rows=preview.rows(
+                    subject.labels,
+                    mode=key.mode,
+                    named_ports=key.ports,
+                    visibility=subject.visibility,
+                ),
             )
 
     def policy_row(self, key: SubjectKey) -> PolicyMapRow:

@@ -476,7 +476,8 @@ def test_incremental_equals_from_scratch(
     pool = dict(IDS)
     engine = PolicyEngine()
     engine.set_documents(docs)
-    for i, prefix in enumerate(sorted(engine.cidr_prefixes(), key=str), start=1):
+    prefixes = engine.cidr_prefixes()
+    for i, prefix in enumerate(sorted(prefixes, key=str), start=1):
         pool[(1 << 24) + i] = cidr_labels(prefix)
     numbers = list(pool)
     subjects = [Labels.parse(x) for x in [*ENDPOINTS, NODE]]
@@ -509,8 +510,11 @@ def test_incremental_equals_from_scratch(
                 changed = engine.remove_identity(number)
                 present.discard(number)
             case "put" if docs:
+                preview = engine.preview([docs[n % len(docs)]], numbered=prefixes)
+                foreseen = [preview.rows(x, mode="default") for x in subjects]
                 changed = engine.apply([docs[n % len(docs)]]).subjects
                 inforce.add(docs[n % len(docs)])
+                assert [len(engine.resolve(x).mapstate) for x in subjects] == foreseen
             case "take" if docs:
                 doc = docs[n % len(docs)]
                 changed = engine.apply([], [doc.key]).subjects
