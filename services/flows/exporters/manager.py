@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import structlog
 from opentelemetry.sdk.resources import Resource
@@ -22,10 +21,9 @@ from services.flows.exporters.pump import Pump, Sink
 from services.flows.exporters.settings import Export, FileExport, OtlpExport, read_exports
 from services.flows.metrics import FlowMetrics
 from services.flows.store import Store
+from services.flows.watched import changes
 
 log = structlog.get_logger()
-
-_CHECK_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -79,20 +77,7 @@ class Exports:
             await group.__aexit__(None, None, None)
 
     async def _watch_file(self) -> None:
-        def stamp() -> tuple[int, int, int] | None:
-            try:
-                status = self._file.stat()
-            except OSError:
-                return None
-            return status.st_mtime_ns, status.st_ino, status.st_size
-
-        seen = stamp()
-        while True:
-            await asyncio.sleep(_CHECK_S)
-            now = stamp()
-            if now == seen:
-                continue
-            seen = now
+        async for _ in changes(self._file):
             try:
                 await self._follow(read_exports(self._file))
                 self.problem = ""

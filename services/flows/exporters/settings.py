@@ -27,12 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from cilia.errors import InvalidError
+from services.flows.watched import read_yaml
 
-_MAX_FILE_BYTES: Final = 1 << 20
 _MAX_EXPORTS: Final = 64
 
 
@@ -76,16 +73,7 @@ Export = FileExport | OtlpExport
 
 def read_exports(path: Path) -> tuple[Export, ...]:
     """Raises ExportsInvalid, naming the entry and the field."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ExportsInvalid(f"cannot read {path}: {error.strerror}") from error
-    if len(text) > _MAX_FILE_BYTES:
-        raise ExportsInvalid(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        document = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise ExportsInvalid(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    document = read_yaml(path, ExportsInvalid)
     if document is None:
         return ()
     if not isinstance(document, dict) or set(document) - {"flowLogs", "otlp"}:

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from cilia.controller import spawn
 from cilia.errors import DomainError, Kind
@@ -25,13 +23,12 @@ from services.flows.http2.client import Channel
 from services.flows.http2.connection import RpcFailure
 from services.flows.relay.convert import apply_notification
 from services.flows.relay.info import PeerInfo, with_port
+from services.flows.watched import changes, read_yaml
 
 log = structlog.get_logger()
 
 _MAX_PEERS: Final = 4096
-_MAX_FILE_BYTES: Final = 1 << 20
 _RETRY_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_FILE_CHECK_S: Final = 1.0
 
 
 class PeersUnreadable(DomainError):
@@ -55,16 +52,7 @@ class Peer:
 
 def read_peers(path: Path) -> tuple[PeerInfo, ...]:
     """The peers that a file lists. Raises PeersUnreadable."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise PeersUnreadable(f"cannot read the peers in {path}: {error.strerror}") from error
-    if len(text) > _MAX_FILE_BYTES:
-        raise PeersUnreadable(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        listed = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise PeersUnreadable(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    listed = read_yaml(path, PeersUnreadable)
     if not isinstance(listed, list) or len(listed) > _MAX_PEERS:
         raise PeersUnreadable(f"{path} is not a list of at most {_MAX_PEERS} peers")
     found: dict[str, PeerInfo] = {}
@@ -135,20 +123,7 @@ class Peers:
     # ---- sources
 
     async def _watch_file(self, path: Path) -> None:
-        def stamp() -> tuple[int, int, int] | None:
-            try:
-                status = path.stat()
-            except OSError:
-                return None
-            return status.st_mtime_ns, status.st_ino, status.st_size
-
-        seen = stamp()
-        while True:
-            await asyncio.sleep(_FILE_CHECK_S)
-            now = stamp()
-            if now == seen:
-                continue
-            seen = now
+        async for _ in changes(path):
             try:
                 self._set(read_peers(path))
                 self.problem = ""
