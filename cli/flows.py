@@ -17,15 +17,7 @@ from google.protobuf import json_format
 
 from cli import flows_filter, flows_show, render
 from cli.errors import CliError, Exit
-from cli.flows_server import (
-    SERVER_OPTIONS,
-    TIME_OPTIONS,
-    FilterCommand,
-    Server,
-    run,
-    set_times,
-    with_options,
-)
+from cli.flows_server import FilterCommand, Server, run, server_options, set_times, time_options
 from cli.flows_store import export, history, lost, stats, top
 from cli.settings import Group, Settings, examples, pass_settings
 from protos.hubble.v1 import observer_pb2, relay_pb2
@@ -66,7 +58,7 @@ cilia flows observe --http-path '/v1/.*' --http-status 4+ -o table
 )
 @click.option("--first", "first", type=click.IntRange(min=1), help="The oldest so many.")
 @click.option("--all", "everything", is_flag=True, help="All that is kept.")
-@with_options(TIME_OPTIONS)
+@time_options
 @flows_filter.options
 @click.option(
     "--cel-expression",
@@ -94,7 +86,7 @@ cilia flows observe --http-path '/v1/.*' --http-status 4+ -o table
     type=click.Choice(["compact", "dict", "table", "json", "jsonpb"]),
     help="A line, a block or a row for people; JSON lines for programs. [compact]",
 )
-@with_options(SERVER_OPTIONS)
+@server_options
 @pass_settings
 def observe(
     settings: Settings,

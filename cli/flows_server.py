@@ -44,7 +44,7 @@ class Server:
 
 # ---- options that several commands share
 
-SERVER_OPTIONS = [
+_SERVER_OPTIONS = [
     click.option(
         "--server",
         envvar="CILIA_FLOWS_SERVER",
@@ -60,19 +60,26 @@ SERVER_OPTIONS = [
                  help="Its key."),
     click.option("--tls-server-name", "server_name", help="The name in the server's certificate."),
 ]  # fmt: skip
-TIME_OPTIONS = [
+_TIME_OPTIONS = [
     click.option("--since", metavar="TIME", help="From then on: 5m ago, or an RFC 3339 time."),
     click.option("--until", metavar="TIME", help="Up to then."),
 ]
 
 
-def with_options(declared: Sequence[Callable[..., Any]]) -> Callable[[Any], Any]:
-    def add(function: Any) -> Any:
-        for option in reversed(declared):
-            function = option(function)
-        return function
+def server_options(function: Any) -> Any:
+    """Whom to ask."""
+    return _with(_SERVER_OPTIONS, function)
 
-    return add
+
+def time_options(function: Any) -> Any:
+    """--since and --until."""
+    return _with(_TIME_OPTIONS, function)
+
+
+def _with(declared: Sequence[Callable[[Any], Any]], function: Any) -> Any:
+    for option in reversed(declared):
+        function = option(function)
+    return function
 
 
 class FilterCommand(Command):

@@ -11,15 +11,7 @@ from google.protobuf import json_format
 
 from cli import flows_filter, flows_show, render
 from cli.errors import CliError, Exit
-from cli.flows_server import (
-    SERVER_OPTIONS,
-    TIME_OPTIONS,
-    FilterCommand,
-    Server,
-    run,
-    set_times,
-    with_options,
-)
+from cli.flows_server import FilterCommand, Server, run, server_options, set_times, time_options
 from cli.settings import Command, Settings, examples, pass_settings
 from protos.flows.v1 import flows_pb2
 from protos.hubble.v1 import flow_pb2, observer_pb2
@@ -108,9 +100,9 @@ cilia flows top ports --namespace lab
 )
 @click.argument("topic", type=click.Choice(list(TOPICS)), default="pairs")
 @click.option("--limit", type=click.IntRange(min=1, max=10000), default=20, show_default=True)
-@with_options(TIME_OPTIONS)
+@time_options
 @flows_filter.options
-@with_options(SERVER_OPTIONS)
+@server_options
 @pass_settings
 def top(
     settings: Settings,
@@ -153,7 +145,7 @@ cilia flows history --since 24h --group-by source,destination,port --namespace s
 @click.option("--until", metavar="TIME", help="Up to then.")
 @flows_filter.options
 @click.option("--cel-expression", "cel", multiple=True, metavar="CEL", help="Over _flow; any.")
-@with_options(SERVER_OPTIONS)
+@server_options
 @pass_settings
 def history(
     settings: Settings,
@@ -188,11 +180,11 @@ cilia flows export --since 1h --verdict DROPPED drops.jsonl
 """),
 )
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
-@with_options(TIME_OPTIONS)
+@time_options
 @flows_filter.options
 @click.option("--cel-expression", "cel", multiple=True, metavar="CEL", help="Over _flow; any.")
 @click.option("--force", is_flag=True, help="Replace the file when it exists.")
-@with_options(SERVER_OPTIONS)
+@server_options
 @pass_settings
 def export(
     settings: Settings,
@@ -244,8 +236,8 @@ def export(
 
 
 @click.command("lost", cls=Command, epilog=examples("cilia flows lost --since 1h"))
-@with_options(TIME_OPTIONS)
-@with_options(SERVER_OPTIONS)
+@time_options
+@server_options
 @pass_settings
 def lost(settings: Settings, /, since: str | None, until: str | None, **given: Any) -> None:
     """Every known gap: from when to when, how many events, and why."""
@@ -292,7 +284,7 @@ def lost(settings: Settings, /, since: str | None, until: str | None, **given: A
 
 
 @click.command("stats", cls=Command, epilog=examples("cilia flows stats -o json"))
-@with_options(SERVER_OPTIONS)
+@server_options
 @pass_settings
 def stats(settings: Settings, /, **given: Any) -> None:
     """How much is kept, seen and lost, and whether the agent is heard."""
