@@ -14,13 +14,13 @@ from typing import Any, Final
 import click
 
 from cilia.identity import RESERVED_BY_NAME
-from cli import flows_show
+from cilia.observation import POINTS
 from cli.errors import CliError, Exit
 from protos.hubble.v1 import flow_pb2
 
 VERDICTS: Final = ("FORWARDED", "DROPPED", "AUDIT", "REDIRECTED", "ERROR", "TRACED", "TRANSLATED")
 TYPES: Final = {"drop": 1, "trace": 4, "policy-verdict": 5, "trace-sock": 7, "l7": 129}
-POINTS: Final = {name: number for number, name in flows_show.POINTS.items()}
+_POINTS: Final = {name: number for number, name in POINTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ def _type(text: str) -> flow_pb2.EventTypeFilter:
     out = flow_pb2.EventTypeFilter(type=TYPES[kind])
     if sub:
         out.match_sub_type = True
-        if kind == "trace" and sub in POINTS:
-            out.sub_type = POINTS[sub]
+        if kind == "trace" and sub in _POINTS:
+            out.sub_type = _POINTS[sub]
         elif sub.isdigit():
             out.sub_type = int(sub)
         else:
-            raise _bad("type", text, f"trace points are {', '.join(POINTS)}")
+            raise _bad("type", text, f"trace points are {', '.join(_POINTS)}")
     return out
 
 

@@ -14,16 +14,11 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cilia.identity import RESERVED, NumericIdentity
+from cilia.observation import MATCHES, POINTS
 from protos.hubble.v1 import flow_pb2, observer_pb2
 
 Part = str | tuple[str, str]
 
-MATCH: Final = ("none", "L3-Only", "L3-L4", "L4-Only", "all", "L3-Proto", "Proto-Only")
-POINTS: Final = {
-    0: "to-endpoint", 1: "to-proxy", 2: "to-host", 3: "to-stack", 4: "to-overlay",
-    5: "from-endpoint", 6: "from-proxy", 7: "from-host", 8: "from-stack", 9: "from-overlay",
-    10: "from-network", 11: "to-network",
-}  # fmt: skip
 STYLES: Final = {
     flow_pb2.FORWARDED: "green",
     flow_pb2.DROPPED: "bold red",
@@ -104,7 +99,7 @@ def kind(flow: flow_pb2.Flow) -> str:
         case 5:
             direction = flow_pb2.TrafficDirection.Name(flow.traffic_direction)
             match = flow.policy_match_type
-            text = MATCH[match] if match < len(MATCH) else str(match)
+            text = MATCHES.get(match, str(match))
             action = {
                 flow_pb2.DROPPED: "DENIED",
                 flow_pb2.AUDIT: "AUDITED",

@@ -1,6 +1,7 @@
 """eBPF from Python: libbpf through ctypes, pinned maps, attachments, the event ring, probing.
 
-Everything privileged that Cilia does with eBPF is in this package; it imports nothing else of ours.
+Everything privileged that Cilia does with eBPF is in this package; it imports nothing else of
+ours but cilia.net's reader of netlink.
 """
 
 from cilia.bpf import probe

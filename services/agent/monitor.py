@@ -24,6 +24,7 @@ from cilia.bpf.layout import EVENT, from_addr
 from cilia.bpf.ring import RingReader
 from cilia.identity import NumericIdentity
 from cilia.labels import Labels
+from cilia.observation import MATCHES, POINTS
 from cilia.policy import PROTO_NAMES, RuleRef
 from cilia.policy.l7 import PortNames
 from cilia.rpc.fanout import BoundedFanout, Subscription
@@ -38,34 +39,11 @@ _PACE_S: Final = 0.01  # between reads while events flow: batches instead of wak
 _IDLE_S: Final = 0.5  # between emptyings while nobody listens
 _QUEUE_EVENTS: Final = 1 << 17
 
-_OBSERVATION: Final = {
-    k.TRACE_TO_ENDPOINT: "to-endpoint",
-    k.TRACE_TO_PROXY: "to-proxy",
-    k.TRACE_TO_HOST: "to-host",
-    k.TRACE_TO_STACK: "to-stack",
-    k.TRACE_TO_OVERLAY: "to-overlay",
-    k.TRACE_FROM_ENDPOINT: "from-endpoint",
-    k.TRACE_FROM_PROXY: "from-proxy",
-    k.TRACE_FROM_HOST: "from-host",
-    k.TRACE_FROM_STACK: "from-stack",
-    k.TRACE_FROM_OVERLAY: "from-overlay",
-    k.TRACE_FROM_NETWORK: "from-network",
-    k.TRACE_TO_NETWORK: "to-network",
-}
 _CT_STATE: Final = {
     k.CT_NEW: "new",
     k.CT_ESTABLISHED: "established",
     k.CT_REPLY: "reply",
     k.CT_RELATED: "related",
-}
-_MATCH: Final = {
-    k.MATCH_NONE: "none",
-    k.MATCH_L3: "L3-Only",
-    k.MATCH_L3_L4: "L3-L4",
-    k.MATCH_L4: "L4-Only",
-    k.MATCH_ALL: "all",
-    k.MATCH_L3_PROTO: "L3-Proto",
-    k.MATCH_PROTO: "Proto-Only",
 }
 _DIRECTION: Final = {k.DIR_NONE: "", k.DIR_INGRESS: "ingress", k.DIR_EGRESS: "egress"}
 _TYPE: Final = {k.EVENT_DROP: "drop", k.EVENT_TRACE: "trace", k.EVENT_VERDICT: "verdict"}
@@ -310,7 +288,7 @@ class Decoder:
             direction=_DIRECTION.get(direction, ""),
             reason=reason,
             reason_code=code,
-            observation_point=_OBSERVATION.get(int(event["obs_point"]), "")
+            observation_point=POINTS.get(int(event["obs_point"]), "")
             if kind == k.EVENT_TRACE
             else "",
             ct_state=_CT_STATE.get(int(event["reason"]), "") if kind == k.EVENT_TRACE else "",
@@ -321,7 +299,7 @@ class Decoder:
             length=int(event["length"]),
             rule=rule,
             default_deny=default_deny,
-            match=_MATCH.get(int(event["match_type"]), "") if kind == k.EVENT_VERDICT else "",
+            match=MATCHES.get(int(event["match_type"]), "") if kind == k.EVENT_VERDICT else "",
             reply=bool(flags & k.EVENT_F_REPLY),
             ep_id=own,
             explanation=explanation,

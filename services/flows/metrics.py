@@ -21,6 +21,7 @@ from cilia.bpf import constants as k
 from cilia.bpf.dropreason import reason_text
 from cilia.errors import InvalidError
 from cilia.identity import RESERVED, WORLD, WORLD_IPV4, WORLD_IPV6, NumericIdentity
+from cilia.observation import MATCHES, POINTS
 from services.flows.dimensions import (
     DROPPED,
     EVENT_L7,
@@ -47,11 +48,6 @@ OTHER: Final = "other"
 MAX_SERIES: Final = 2000
 _BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _VERDICTS: Final = {1: "FORWARDED", 2: "DROPPED", 3: "ERROR", 4: "AUDIT", 5: "REDIRECTED"}
-_MATCHES: Final = ("none", "l3-only", "l3-l4", "l4-only", "all", "l3-proto", "proto-only")
-_POINTS: Final = (
-    "to-endpoint", "to-proxy", "to-host", "to-stack", "to-overlay", "from-endpoint", "from-proxy",
-    "from-host", "from-stack", "from-overlay", "from-network", "to-network",
-)  # fmt: skip
 LOST_SOURCES: Final = {
     Cause.KERNEL: "perf_event_ring_buffer",
     Cause.TRANSPORT: "observer_events_queue",
@@ -329,7 +325,7 @@ def _flow(spec: Spec) -> list[_Counter | _Durations]:
     def sub(dims: Dimensions, meta: int) -> str:
         number, what = int(dims.metas["sub"][meta]), int(dims.metas["type"][meta])
         if what == k.EVENT_TRACE:
-            return _POINTS[number] if number < len(_POINTS) else str(number)
+            return POINTS.get(number, str(number))
         if what == k.EVENT_DROP:
             return reason_text(number)
         return ""
@@ -456,7 +452,11 @@ def _policy(spec: Spec) -> list[_Counter | _Durations]:
     columns = [
         *context_columns(spec.options),
         Column("direction", "meta", _direction),
-        Column("match", "meta", lambda dims, meta: _MATCHES[int(dims.metas["match"][meta]) % 7]),
+        Column(
+            "match",
+            "meta",
+            lambda dims, meta: MATCHES.get(int(dims.metas["match"][meta]), "").lower(),
+        ),
         Column("action", "meta", action),
     ]
     return [
