@@ -1,7 +1,8 @@
 """A service's settings: flags, then the environment, then the defaults of a dataclass.
 
 A service declares a frozen dataclass and a line of help for each of its fields; `parse()` makes the
-flags, the variables (CILIA_<SERVICE>_<FLAG>) and --help of them. Types are those of `_READ`.
+flags, the variables (CILIA_<SERVICE>_<FLAG>) and --help of them. Types are those of `_READ`, a
+Literal of texts, and tuple[str, ...]: a flag that may be repeated, a variable with blanks between.
 Whether the values make sense together is for the dataclass's own `__post_init__` to say, with
 `check_bounds()` and `check_logging()` for what services have in common.
 """
@@ -10,9 +11,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cilia.errors import InvalidError
 from cilia.telemetry.log import LEVELS
@@ -57,6 +68,32 @@ _READ: Final[Mapping[object, Callable[[str], object]]] = {
 }
 
 
+def _how(wanted: Any) -> dict[str, Any]:
+    """What argparse has to know of a field of this type."""
+    if wanted is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(wanted) is Literal:
+        return {"choices": get_args(wanted)}
+    if wanted == tuple[str, ...]:
+        return {"action": "append"}
+    return {"type": _READ[wanted]}
+
+
+def _from_text(variable: str, text: str, wanted: Any) -> object:
+    """The value of a variable. Raises ConfigError."""
+    if get_origin(wanted) is Literal:
+        if text not in get_args(wanted):
+            raise ConfigError(f"{variable}={text!r} is none of {', '.join(get_args(wanted))}")
+        return text
+    if wanted == tuple[str, ...]:
+        return tuple(text.split())
+    try:
+        return _READ[wanted](text)
+    except ValueError:
+        fault = "neither true nor false" if wanted is bool else f"not a {wanted.__name__}"
+        raise ConfigError(f"{variable}={text!r} is {fault}") from None
+
+
 def flag(name: str) -> str:
     """A field's flag, without the dashes. Units of time are in the names of fields (`_s`), and in
     the help of flags."""
@@ -80,32 +117,26 @@ def parse(
     types = get_type_hints(declared)
     parser = argparse.ArgumentParser(prog=f"python -m services.{service}", description=description)
     for field in fields(declared):
-        shown = "" if field.default in (None, "") else f" (default {field.default})"
-        how: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction}
-            if types[field.name] is bool
-            else {"type": _READ[types[field.name]]}
-        )
+        shown = "" if field.default in (None, "", (), MISSING) else f" (default {field.default})"
+        repeated = "; may be repeated" if types[field.name] == tuple[str, ...] else ""
         parser.add_argument(
             f"--{flag(field.name)}",
             dest=field.name,
             # What was not given is left to the environment.
             default=argparse.SUPPRESS,
-            help=help_of[field.name] + shown,
-            **how,
+            help=help_of[field.name] + repeated + shown,
+            **_how(types[field.name]),
         )
-    given = vars(parser.parse_args(arguments))
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+    }
     values: dict[str, Any] = {}
     for field in fields(declared):
         variable = f"CILIA_{service}_{flag(field.name)}".replace("-", "_").upper()
         if variable not in environment:
             continue
-        text, wanted = environment[variable], types[field.name]
-        try:
-            values[field.name] = _READ[wanted](text)
-        except ValueError:
-            fault = "neither true nor false" if wanted is bool else f"not a {wanted.__name__}"
-            raise ConfigError(f"{variable}={text!r} is {fault}") from None
+        values[field.name] = _from_text(variable, environment[variable], types[field.name])
     return declared(**(values | given))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -180,18 +179,3 @@ def check(config: AgentConfig) -> None:
         raise ConfigInvalid("--bpf-policy-slots must be at least 2")
     if config.map_sizes.policy < 1:
         raise ConfigInvalid("--bpf-policy-map-max must be at least 1")
-
-
-def parse_networks(text: Sequence[str]) -> tuple[IPv4Network | None, IPv6Network | None]:
-    """One v4 and one v6 network out of command-line words. Raises ConfigInvalid."""
-    v4: IPv4Network | None = None
-    v6: IPv6Network | None = None
-    for word in text:
-        try:
-            if ":" in word:
-                v6 = IPv6Network(word)
-            else:
-                v4 = IPv4Network(word)
-        except ValueError as error:
-            raise ConfigInvalid(f"pool {word!r}: {error}") from error
-    return v4, v6

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -22,6 +23,9 @@ class Example:
     max_rows: int = 8
     wait_s: float = 1.5
     bold: bool = False
+    colour: Literal["red", "green"] = "red"
+    names: tuple[str, ...] = ()
+    host: str = field(default_factory=lambda: "h")
     log_level: str = "info"
     log_format: str = "auto"
 
@@ -33,6 +37,9 @@ _HELP = {
     "max_rows": "rows",
     "wait_s": "seconds",
     "bold": "try",
+    "colour": "of all",
+    "names": "of things",
+    "host": "whose",
     "log_level": "level",
     "log_format": "format",
 }
@@ -50,12 +57,20 @@ def test_nothing_given_is_the_defaults() -> None:
 
 def test_every_type_is_read_from_flags_and_from_the_environment() -> None:
     wanted = Example(
-        where=Path("/a"), beside=Path("b"), node="n2", max_rows=3, wait_s=0.25, bold=True
+        where=Path("/a"),
+        beside=Path("b"),
+        node="n2",
+        max_rows=3,
+        wait_s=0.25,
+        bold=True,
+        colour="green",
+        names=("x", "y"),
     )
     flags = "--where /a --beside b --node n2 --max-rows 3 --wait 0.25 --bold"
+    flags += " --colour green --names x --names y"
     assert parse(flags.split(), {}) == wanted
     variables = {"WHERE": "/a", "BESIDE": "b", "NODE": "n2", "MAX_ROWS": "3", "WAIT": "0.25"}
-    variables["BOLD"] = "on"
+    variables |= {"BOLD": "on", "COLOUR": "green", "NAMES": "x y"}
     assert parse([], {f"CILIA_EXAMPLE_{name}": text for name, text in variables.items()}) == wanted
 
 
@@ -71,6 +86,7 @@ def test_flags_win_over_the_environment() -> None:
         ("MAX_ROWS", "many", "is not a int"),
         ("WAIT", "long", "is not a float"),
         ("BOLD", "perhaps", "is neither true nor false"),
+        ("COLOUR", "blue", "is none of red, green"),
     ],
 )
 def test_a_variable_that_cannot_be_read_is_named(name: str, text: str, words: str) -> None:
@@ -87,6 +103,9 @@ def test_help_shows_defaults_that_are_something(capsys: pytest.CaptureFixture[st
     assert "--wait WAIT_S seconds (default 1.5)" in said
     assert "--bold, --no-bold try (default False)" in said
     assert "another one (default: none) --node" in said
+    assert "--colour {red,green} of all (default red)" in said
+    assert "of things; may be repeated --host" in said
+    assert "whose --log-level" in said
 
 
 def test_bounds_name_the_flag() -> None:
