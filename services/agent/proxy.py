@@ -315,7 +315,7 @@ class Proxy:
             why = (
                 "it has not acknowledged them"
                 if self.connected
-                else "the xds service is not reached (start it: `cilia xds`, or its unit)"
+                else "the xds service is not reached (start it: `python -m services.xds`)"
             )
             lines.append(f"L7 rules wait for the proxy, {pending} sets: {why}")
         return lines
