@@ -325,9 +325,10 @@ static __always_inline bool flow_is_open(const struct flow *f)
  * is judged where it comes in. It does so from an address of the node's: what it
  * sends with another is an answer of a connection that is not known any more.
  */
-static __always_inline int ct_admit_proxy(struct work *w, __u32 how)
+static __always_inline int ct_admit_proxy(struct __sk_buff *ctx, struct work *w, __u32 how)
 {
-	if (end_is_local(&w->f.src) || identity_of_destination(&w->p.saddr) != ID_HOST)
+	if (end_is_local(&w->f.src) || identity_of_destination(&w->p.saddr) != ID_HOST ||
+	    !sent_to_destination(ctx, &w->p))
 		return -DROP_NOT_PROXY;
 	if (!flow_is_open(&w->f))
 		return -DROP_NOT_OPEN;
@@ -412,7 +413,7 @@ __noinline int ct_admit(struct __sk_buff *ctx, __u32 how)
 		track = packet_is_echo_request(p);
 	}
 	if (unlikely(f->from_proxy) && p->proto == PROTO_TCP)
-		return ct_admit_proxy(w, how);
+		return ct_admit_proxy(ctx, w, how);
 	memset(&w->entry, 0, sizeof(w->entry));
 	ret = ct_judge_new(ctx, true);
 	if (ret)

@@ -198,6 +198,29 @@ __noinline int proxy_assign(struct __sk_buff *ctx, __u32 port)
 	return err ? -DROP_SOCKET_ASSIGN : 0;
 }
 
+/*
+ * Does the packet go where the socket that sent it meant to? Netfilter may lead
+ * it elsewhere (DNAT of a published port, of a service's address), to somebody
+ * whom nobody has asked about the proxy's client.
+ */
+static __always_inline bool sent_to_destination(struct __sk_buff *ctx, const struct packet *p)
+{
+	const volatile struct bpf_sock *sk = ctx->sk;
+	union addr to;
+
+	sk = sk ? bpf_sk_fullsock((struct bpf_sock *)sk) : NULL;
+	if (!sk || sk->dst_port != p->dport_be)
+		return false;
+	/* All before any is chosen: the verifier allows no arithmetic with a socket's address. */
+	to.w[0] = sk->dst_ip6[0];
+	to.w[1] = sk->dst_ip6[1];
+	to.w[2] = sk->dst_ip6[2];
+	to.w[3] = sk->dst_ip6[3];
+	if (!packet_is_ip6(p))
+		addr_from_ip4(&to, sk->dst_ip4);
+	return addr_equal(&to, &p->daddr);
+}
+
 static __always_inline void mark_to_proxy(struct __sk_buff *ctx, __be16 port_be)
 {
 	ctx->mark = MARK_TO_PROXY | (__u32)port_be << 16;

@@ -412,6 +412,25 @@ def test_the_proxy_is_no_way_to_the_nodes_other_names(net: Proxied, v6: bool) ->
         net.thread.sh(f"ip {family} route del local {name} dev lo")
 
 
+def test_the_proxy_is_not_led_elsewhere(net: Proxied, serve: None, v6: bool) -> None:
+    """Netfilter's DNAT turns what the proxy sends to an endpoint that did not admit its client."""
+    family, name = ("ip6", "2001:db8:7::50") if v6 else ("ip", "203.0.113.50")
+    net.policy(net.a, [*ALL, EGRESS_L7])
+    net.policy(net.b, [])
+    net.thread.sh(
+        f"nft add table {family} turn",
+        f"nft 'add chain {family} turn out {{ type nat hook output priority -100; }}'",
+        f"nft add rule {family} turn out {family} daddr {name} dnat to {net.b.ip(v6)}",
+    )
+    try:
+        with pytest.raises(TimeoutError):
+            net.ask("a", net.b.ip(v6), "/out/x", timeout=0.5)
+        assert net.ask("a", name, "/out/x", timeout=10)[0] == 503
+        assert drops_of(net, dropreason.NOT_THE_PROXY)
+    finally:
+        net.thread.sh(f"nft delete table {family} turn")
+
+
 def ask_again(connection: http.client.HTTPConnection, path: str) -> int:
     """The status of one more request on a connection."""
     connection.request("GET", path)
@@ -435,18 +454,19 @@ def test_marks_from_elsewhere_are_none(net: Proxied, v6: bool) -> None:
 
 
 def test_only_the_nodes_stack_speaks_for_the_proxy(net: Proxied, v6: bool) -> None:
-    """A forwarded packet with the proxy's mark is judged as what it is."""
+    """A forwarded packet with the proxy's mark is judged as what it is. So speaks no packet that
+    goes where its socket did not mean to (a test run's has one of nowhere)."""
     net.policy(net.b, [])
     frame = Ether(src=net.b.node_mac, dst=net.b.mac) / tcp(
         v6, ROUTER6 if v6 else ROUTER4, net.b, "S"
     )
     own = net.run("to_endpoint", frame, net.b.ifindex, mark=FROM_INGRESS)
-    assert own.verdict == TC_OK
-    net.map("cilia_ct").delete(next(iter(net.map("cilia_ct").keys())))
+    assert (own.verdict, own.drops) == (TC_SHOT, [dropreason.NOT_THE_PROXY])
     forwarded = net.run(
         "to_endpoint", frame, net.b.ifindex, mark=FROM_INGRESS, ingress_ifindex=net.up
     )
     assert forwarded.verdict == TC_SHOT
+    assert dropreason.NOT_THE_PROXY not in forwarded.drops
 
 
 def test_a_packet_for_the_proxy_does_not_leave(net: Proxied, v6: bool) -> None:
