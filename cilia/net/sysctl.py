@@ -6,6 +6,7 @@ The files show the namespace of the thread that opens them, so they are opened i
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ from cilia.net.errors import InterfaceGone, NetworkError
 from cilia.net.netns import NetNS, in_netns
 
 _ROOT: Final = Path("/proc/sys/net")
+_LONGEST: Final = 4096  # bytes of a setting
 
 # For the workload's end: it has one address of ours, which nobody needs to detect or advertise. A
 # container engine may have IPv6 disabled in its namespaces.
@@ -52,12 +54,14 @@ def set_device(device: str, values: Mapping[str, str], *, netns: NetNS | None = 
     def apply() -> None:
         for name, value in values.items():
             family, _, leaf = name.partition("/")
-            directory = _ROOT / family / "conf"
-            if not directory.is_dir():
-                continue
-            if not (directory / device).is_dir():
-                raise InterfaceGone(f"there is no interface {device}{where}")
-            _write(directory / device / leaf, value, f"{name} of {device}{where}")
+            directory = f"{_ROOT}/{family}/conf"
+            try:
+                _write(f"{directory}/{device}/{leaf}", value, f"{name} of {device}{where}")
+            except NetworkError as error:
+                if error.errno != errno.ENOENT or Path(directory, device).exists():
+                    raise
+                if Path(directory).exists():
+                    raise InterfaceGone(f"there is no interface {device}{where}") from error
 
     in_netns(netns, apply)
 
@@ -82,12 +86,25 @@ def read(name: str, *, netns: NetNS | None = None) -> str | None:
 
 def write(name: str, value: str, *, netns: NetNS | None = None) -> None:
     """Sets a path under /proc/sys/net. Raises NetworkError."""
-    in_netns(netns, lambda: _write(_ROOT / name, value, name))
+    in_netns(netns, lambda: _write(f"{_ROOT}/{name}", value, name))
 
 
-def _write(path: Path, value: str, what: str) -> None:
+def _write(path: str, value: str, what: str) -> None:
     try:
-        if path.read_text().split() != value.split():
-            path.write_text(value)
+        if _read(path).split() != value.split():
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
     except OSError as error:
         raise NetworkError(f"cannot set {what} to {value}", error.errno or errno.EIO) from error
+
+
+def _read(path: str) -> str:
+    # An endpoint has a dozen: pathlib's reader and its buffers cost more than the kernel.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _LONGEST).decode()
+    finally:
+        os.close(fd)
