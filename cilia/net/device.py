@@ -776,6 +776,11 @@ def parse_address(message: Message) -> DeviceAddress | None:
     return DeviceAddress(index=index, interface=interface, scope=scope)
 
 
+def is_ours(route: Message) -> bool:
+    """Whether an RTM_NEWROUTE or RTM_DELROUTE is about a route that we made."""
+    return len(route.body) >= _RTMSG.size and _RTMSG.unpack_from(route.body)[5] == ROUTE_PROTOCOL
+
+
 def parse_route(message: Message) -> Route | None:
     """Of an RTM_NEWROUTE or RTM_DELROUTE; None for another family."""
     family, length, _, _, table, protocol, scope, kind, _ = _RTMSG.unpack_from(message.body)

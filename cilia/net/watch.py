@@ -18,6 +18,7 @@ from cilia.net.device import (
     DeviceAddress,
     Link,
     Route,
+    is_ours,
     parse_address,
     parse_link,
     parse_route,
@@ -44,10 +45,13 @@ class EventBatch:
 
 
 @asynccontextmanager
-async def watch_network(netns: NetNS | None = None) -> AsyncIterator[AsyncIterator[EventBatch]]:
+async def watch_network(
+    netns: NetNS | None = None, *, own_routes: bool = True
+) -> AsyncIterator[AsyncIterator[EventBatch]]:
     """`async with watch_network() as batches: async for batch in batches: ...`
 
-    It listens from the moment the context is entered, so list things after that.
+    It listens from the moment the context is entered, so list things after that. Without
+    `own_routes` the routes that we made are passed over before they are read.
     """
     watcher = open_watcher(netns, _GROUPS)
     loop = asyncio.get_running_loop()
@@ -55,13 +59,15 @@ async def watch_network(netns: NetNS | None = None) -> AsyncIterator[AsyncIterat
     descriptor = watcher.fileno()
     loop.add_reader(descriptor, readable.set)
     try:
-        yield _batches(watcher, readable)
+        yield _batches(watcher, readable, own_routes)
     finally:
         loop.remove_reader(descriptor)
         watcher.close()
 
 
-async def _batches(watcher: socket.socket, readable: asyncio.Event) -> AsyncIterator[EventBatch]:
+async def _batches(
+    watcher: socket.socket, readable: asyncio.Event, own_routes: bool
+) -> AsyncIterator[EventBatch]:
     while True:
         readable.clear()
         events: list[NetworkEvent] = []
@@ -77,7 +83,7 @@ async def _batches(watcher: socket.socket, readable: asyncio.Event) -> AsyncIter
                 overrun = True
                 continue
             for message in messages:
-                event = _decode(message)
+                event = _decode(message, own_routes)
                 if event is not None:
                     events.append(event)
         if events or overrun:
@@ -86,7 +92,7 @@ async def _batches(watcher: socket.socket, readable: asyncio.Event) -> AsyncIter
             await readable.wait()
 
 
-def _decode(message: Message) -> NetworkEvent | None:
+def _decode(message: Message, own_routes: bool) -> NetworkEvent | None:
     what: Link | DeviceAddress | Route | None
     match message.kind:
         case 16 | 17:  # RTM_NEWLINK, RTM_DELLINK
@@ -94,7 +100,7 @@ def _decode(message: Message) -> NetworkEvent | None:
         case 20 | 21:  # RTM_NEWADDR, RTM_DELADDR
             what = parse_address(message)
         case 24 | 25:  # RTM_NEWROUTE, RTM_DELROUTE
-            what = parse_route(message)
+            what = parse_route(message) if own_routes or not is_ours(message) else None
         case _:
             return None
     return None if what is None else NetworkEvent(what, deleted=bool(message.kind & 1))

@@ -4,7 +4,8 @@ Starting loads both objects as one step. When the verifier refuses them and prog
 run are pinned, those stay in place and the agent goes on with them, saying so in its status; with
 none there is nothing to go on with, and the start fails.
 
-Every call that reaches the kernel runs on this adapter's bounded executor.
+Every call that may wait in the kernel runs on this adapter's bounded executor. Writing a few rows
+of a hash map or an array does not: it is done at once.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ class Datapath:
             # 0 would mean "never judged" to a conntrack side; after 2^32 changes skip it.
             self._runtime["ipcache_epoch"] = (self.epoch + 1) & 0xFFFFFFFF or 1
             self._runtime["boot_offset_ns"] = wall_offset_ns()
-            await self.run(self.map("cilia_runtime").update, bytes(4), self._runtime.tobytes())
+            # One array element: written before a thread would have been woken.
+            self.map("cilia_runtime").update(bytes(4), self._runtime.tobytes())
 
 
 def wall_offset_ns() -> int:

@@ -188,7 +188,7 @@ class HostNetwork:
 
     async def watch(self, trigger: Callable[[], None]) -> None:
         """Calls `trigger` whenever links, addresses or routes change; runs for ever."""
-        async with watch_network() as batches:
+        async with watch_network(own_routes=False) as batches:
             trigger()
             async for batch in batches:
                 # Each is looked at: own interfaces are learned on the way.

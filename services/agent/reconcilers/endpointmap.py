@@ -28,6 +28,7 @@ _SLOT_AT: Final = ENDPOINT.fields["policy_slot"][1]
 _ID_AT: Final = ENDPOINT.fields["id"][1]
 _ID: Final = slice(_ID_AT, _ID_AT + ENDPOINT.fields["id"][0].itemsize)
 _NODE: Final = bytes(4)  # the key of the node's own row
+_FEW: Final = 8  # rows, which the kernel takes one by one in some 15 us
 _SLOT: Final = slice(_SLOT_AT, _SLOT_AT + U32.itemsize)
 
 
@@ -139,7 +140,7 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
         changed = [key for key in addresses if self._by_address.get(key) != value]
         if not changed and not stale and self._by_ifindex.get(ifindex) == value:
             return
-        await self._datapath.run(self._write, addresses, ifindex, value, stale)
+        self._write(addresses, ifindex, value, stale)
         for key in stale:
             del self._by_ifindex[key]
         for key in addresses:
@@ -152,6 +153,7 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
     def _write(
         self, addresses: list[bytes], ifindex: bytes, value: bytes, stale: list[bytes]
     ) -> None:
+        # On the event loop: two hash maps answer at once, and another thread may be busy.
         lxc, by_ifindex = self._datapath.map("cilia_lxc"), self._datapath.map("cilia_ifindex")
         for key in stale:
             by_ifindex.delete(key)
@@ -195,7 +197,10 @@ class EndpointMapReconciler(Reconciler[EndpointID, EndpointMapRow]):
                 self._datapath.map("cilia_lxc").delete(key)
 
         if addresses or interfaces:
-            await self._datapath.run(erase)
+            if len(addresses) + len(interfaces) <= _FEW:
+                erase()
+            else:
+                await self._datapath.run(erase)
             for key in interfaces:
                 self._by_ifindex.pop(key, None)
             for key in addresses:

@@ -24,6 +24,7 @@ from services.agent.drift import Drift, compare
 from services.agent.rows import IpcacheRow, Network
 
 _V4_BITS = 96  # of the IPv4-mapped prefix
+_FEW = 16  # rows, which the kernel takes one by one in some 30 us
 
 
 def key_of(prefix: Network) -> bytes:
@@ -112,12 +113,15 @@ class IpcacheReconciler(Reconciler[Network, IpcacheRow]):
         changed = {k: v for k, v in wanted.items() if self._actual.get(k) != v}
         if changed:
             self.changes += len(changed)  # first: a write that fails may have written some
-            await self._datapath.run(self._write, changed)
+            if len(changed) <= _FEW:
+                self._write(changed)  # at once: a thread would take longer to be asked
+            else:
+                await self._datapath.run(self._write, changed)
             self._actual.update(changed)
         return {}
 
     def _write(self, rows: dict[bytes, bytes]) -> None:
-        if len(rows) < 16:
+        if len(rows) <= _FEW:
             for key, value in rows.items():
                 self._map.update(key, value)
             return
