@@ -247,26 +247,26 @@ async def identity_answers(socket: str) -> bool:
         return True
 
 
-async def flows_watch(socket: str) -> bool:
-    """True when the flow service hears its agent."""
+async def _flows_stats(socket: str) -> flows_pb2.StatsResponse | None:
+    """What the flow service says of itself; None when it does not answer."""
     async with connect(Path(socket), service="flows") as channel:
         stub = flows_pb2_grpc.FlowsServiceStub(channel)
         try:
-            stats = await stub.Stats(flows_pb2.StatsRequest(), timeout=PING_TIMEOUT_S)
+            return await stub.Stats(flows_pb2.StatsRequest(), timeout=PING_TIMEOUT_S)
         except RpcError:
-            return False
-        return stats.watching
+            return None
+
+
+async def flows_watch(socket: str) -> bool:
+    """True when the flow service hears its agent."""
+    stats = await _flows_stats(socket)
+    return stats is not None and stats.watching
 
 
 async def flow_followers(socket: str) -> int:
     """How many clients follow flows now; -1 when the service does not answer."""
-    async with connect(Path(socket), service="flows") as channel:
-        stub = flows_pb2_grpc.FlowsServiceStub(channel)
-        try:
-            stats = await stub.Stats(flows_pb2.StatsRequest(), timeout=PING_TIMEOUT_S)
-        except RpcError:
-            return -1
-        return stats.followers
+    stats = await _flows_stats(socket)
+    return stats.followers if stats is not None else -1
 
 
 async def xds_answers(socket: str) -> bool:

@@ -501,6 +501,15 @@ def _http_columns() -> dict[str, Column]:
     }
 
 
+def _http_durations(context: list[Column], of: Mapping[str, Column]) -> _Durations:
+    return _Durations(
+        "hubble_http_request_duration_seconds",
+        "Quantiles of HTTP request duration in seconds",
+        [*context, of["method"], of["reporter"]],
+        _l7_where(L7Kind.HTTP, L7Type.RESPONSE),
+    )
+
+
 def _http(spec: Spec) -> list[_Counter | _Durations]:
     context, of = context_columns(spec.options), _http_columns()
     answers = _l7_where(L7Kind.HTTP, L7Type.RESPONSE)
@@ -517,12 +526,7 @@ def _http(spec: Spec) -> list[_Counter | _Durations]:
             [*context, of["method"], of["status"], of["reporter"]],
             answers,
         ),
-        _Durations(
-            "hubble_http_request_duration_seconds",
-            "Quantiles of HTTP request duration in seconds",
-            [*context, of["method"], of["reporter"]],
-            answers,
-        ),
+        _http_durations(context, of),
     ]
 
 
@@ -536,12 +540,7 @@ def _http_v2(spec: Spec) -> list[_Counter | _Durations]:
             [*context, of["method"], of["protocol"], of["status"], of["reporter"]],
             answers,
         ),
-        _Durations(
-            "hubble_http_request_duration_seconds",
-            "Quantiles of HTTP request duration in seconds",
-            [*context, of["method"], of["reporter"]],
-            answers,
-        ),
+        _http_durations(context, of),
     ]
 
 
