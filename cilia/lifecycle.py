@@ -180,6 +180,27 @@ class Lifecycle:
         await _call(self._on_stopping)
 
 
+class Serves(Protocol):
+    """A server that can be asked for its health."""
+
+    async def set_serving(self, serving: bool) -> None: ...
+
+
+class Serving:
+    """The last part: says SERVING once all others run."""
+
+    def __init__(self, *servers: Serves) -> None:
+        self._servers = servers
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await server.set_serving(True)
+
+    async def stop(self) -> None:
+        for server in self._servers:
+            await server.set_serving(False)
+
+
 class _TaskPart:
     def __init__(
         self, lifecycle: Lifecycle, name: str, work: Callable[[], Coroutine[Any, Any, None]]

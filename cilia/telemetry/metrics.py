@@ -23,6 +23,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from cilia.errors import ConflictError, InvalidError
 from cilia.telemetry import fields
@@ -157,3 +158,16 @@ class Exposition:
         if words[1].split(b"?")[0] not in (b"/metrics", b"/"):
             return "404 Not Found", plain, b"there is only /metrics\n"
         return "200 OK", CONTENT_TYPE_LATEST, generate_latest(self._registry)
+
+
+class Registration:
+    """The collector's place in the registry, as a lifecycle part."""
+
+    def __init__(self, collector: Collector) -> None:
+        self._collector = collector
+
+    async def start(self) -> None:
+        REGISTRY.register(self._collector)
+
+    async def stop(self) -> None:
+        REGISTRY.unregister(self._collector)

@@ -39,7 +39,7 @@ from cilia.controller import Controller, ControllerSet
 from cilia.errors import DomainError, Kind
 from cilia.identity import EndpointID, is_cluster
 from cilia.labels import LabelFilter
-from cilia.lifecycle import Lifecycle
+from cilia.lifecycle import Lifecycle, Serving
 from cilia.rpc.server import Server
 from cilia.table import Table, TableDump
 from cilia.telemetry import fields
@@ -517,7 +517,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         lifecycle.add("exposition", Exposition(parse_address(config.metrics_address)))
     lifecycle.add("first-flush", _Step(regenerate.wait_success))
     lifecycle.add("server", rpc)
-    lifecycle.add("serving", _Serving(rpc, notifier))
+    lifecycle.add("serving", Serving(rpc))
+    lifecycle.on_ready(notifier.agent_started)
 
 
 def _count(endpoints: Endpoints, view: ClusterView, ipam: Ipam) -> None:
@@ -576,18 +577,3 @@ class _Closing:
 
     async def stop(self) -> None:
         await self._close()
-
-
-class _Serving:
-    """The last part: says SERVING once all others run."""
-
-    def __init__(self, rpc: Server, notifier: Notifier) -> None:
-        self._rpc = rpc
-        self._notifier = notifier
-
-    async def start(self) -> None:
-        await self._rpc.set_serving(True)
-        self._notifier.agent_started()
-
-    async def stop(self) -> None:
-        await self._rpc.set_serving(False)

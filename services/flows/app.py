@@ -34,7 +34,7 @@ import structlog
 
 from cilia import statefile
 from cilia.controller import Controller, ControllerSet
-from cilia.lifecycle import Lifecycle
+from cilia.lifecycle import Lifecycle, Serving
 from cilia.telemetry import fields
 from cilia.telemetry.metrics import REGISTRY, Exposition, parse_address
 from services.flows import convert
@@ -157,7 +157,7 @@ def _build_node(config: FlowsConfig, lifecycle: Lifecycle) -> None:
     server.clients = lambda: grpc.connections
     lifecycle.add("controllers", controllers)
     lifecycle.add("server", grpc)
-    lifecycle.add("serving", _Serving(health))
+    lifecycle.add("serving", Serving(health))
 
 
 def _build_relay(config: FlowsConfig, lifecycle: Lifecycle) -> None:
@@ -175,7 +175,7 @@ def _build_relay(config: FlowsConfig, lifecycle: Lifecycle) -> None:
             group=config.group,
         ),
     )
-    lifecycle.add("serving", _Serving(health))
+    lifecycle.add("serving", Serving(health))
 
 
 async def _count(store: Store, metrics: FlowMetrics) -> None:
@@ -196,16 +196,3 @@ def _version() -> str:
     except PackageNotFoundError:
         log.warning("The version is not known.", **{fields.REASON: "not installed"})
         return "cilia v0.0.0"
-
-
-class _Serving:
-    """The last part: says SERVING once all others run."""
-
-    def __init__(self, health: Health) -> None:
-        self._health = health
-
-    async def start(self) -> None:
-        await self._health.set_serving(True)
-
-    async def stop(self) -> None:
-        await self._health.set_serving(False)

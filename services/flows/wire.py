@@ -8,15 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
-def varint(number: int) -> bytes:
-    """Of a number from 0 to 2^64-1."""
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+from cilia.rpc.wire import varint
 
 
 def tag(field: int, wire_type: int) -> bytes:

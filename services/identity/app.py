@@ -24,10 +24,10 @@ from cilia.controller import Controller, ControllerSet
 from cilia.kv.allocator import Allocator, AllocatorStats, Collector
 from cilia.kv.backend import Retention
 from cilia.kv.embedded import EmbeddedBackend
-from cilia.lifecycle import Lifecycle
+from cilia.lifecycle import Lifecycle, Serving
 from cilia.rpc.server import Server
 from cilia.telemetry import fields
-from cilia.telemetry.metrics import Exposition, parse_address
+from cilia.telemetry.metrics import Exposition, Registration, parse_address
 from services.identity import convert, metrics
 from services.identity.announcements import Announcements
 from services.identity.config import IdentityConfig
@@ -105,7 +105,7 @@ async def build(config: IdentityConfig, lifecycle: Lifecycle) -> None:
     )
     lifecycle.add(
         "metrics",
-        metrics.Registration(
+        Registration(
             metrics.Collector(backend=backend, stats=stats, sessions=sessions, view=view, hub=hub)
         ),
     )
@@ -121,16 +121,13 @@ async def build(config: IdentityConfig, lifecycle: Lifecycle) -> None:
     lifecycle.on_stopping(hub.stop)
 
 
-class _Serving:
-    """The last part: says SERVING once all others run and the view is current."""
+class _Serving(Serving):
+    """And once the view is current."""
 
     def __init__(self, server: Server, hub: Hub) -> None:
-        self._server = server
+        super().__init__(server)
         self._hub = hub
 
     async def start(self) -> None:
         await self._hub.wait_ready()
-        await self._server.set_serving(True)
-
-    async def stop(self) -> None:
-        await self._server.set_serving(False)
+        await super().start()

@@ -8,7 +8,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from cilia.kv.allocator import AllocatorStats
 from cilia.kv.backend import Backend
-from cilia.telemetry.metrics import REGISTRY
 from services.identity.keys import Kind
 from services.identity.sessions import Sessions
 from services.identity.view import View
@@ -58,16 +57,3 @@ class Collector:
             ("watch_resets_total", "Clients told to begin anew.", hub.resets),
         ):
             yield CounterMetricFamily(f"cilia_identity_{name}", text, value=value)
-
-
-class Registration:
-    """The collector's place in the registry, as a lifecycle part."""
-
-    def __init__(self, collector: Collector) -> None:
-        self._collector = collector
-
-    async def start(self) -> None:
-        REGISTRY.register(self._collector)
-
-    async def stop(self) -> None:
-        REGISTRY.unregister(self._collector)

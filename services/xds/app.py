@@ -25,10 +25,10 @@ from pathlib import Path
 import grpc.aio
 
 from cilia.controller import Controller, ControllerSet
-from cilia.lifecycle import Lifecycle
+from cilia.lifecycle import Lifecycle, Serving
 from cilia.pki.files import CertificateInfo, Credentials
 from cilia.rpc.server import Server, TlsServer
-from cilia.telemetry.metrics import Exposition, parse_address
+from cilia.telemetry.metrics import Exposition, Registration, parse_address
 from protos.xds.v1 import xds_pb2 as pb
 from protos.xds.v1 import xds_pb2_grpc as pb_grpc
 from services.xds import metrics
@@ -136,7 +136,7 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
     collector = metrics.Collector(
         cache=cache, hub=hub, redirects=redirects, access_log=access_log, certificates=certificates
     )
-    lifecycle.add("metrics", metrics.Registration(collector))
+    lifecycle.add("metrics", Registration(collector))
     if config.metrics_address:
         lifecycle.add("exposition", Exposition(parse_address(config.metrics_address)))
     lifecycle.add("controllers", controllers)
@@ -162,7 +162,7 @@ async def build(config: XdsConfig, lifecycle: Lifecycle) -> None:
         servers.append(proxy_server)
         lifecycle.add("proxy-path", _Passable(config.run_dir))
         lifecycle.add_task("envoy", supervisor.run)
-    lifecycle.add("serving", _Serving(servers))
+    lifecycle.add("serving", Serving(*servers))
 
 
 def loopbacks() -> tuple[str, ...]:
@@ -248,18 +248,3 @@ class _Passable:
 
     async def stop(self) -> None:
         pass
-
-
-class _Serving:
-    """The last part: says SERVING once all others run."""
-
-    def __init__(self, servers: list[Server | TlsServer]) -> None:
-        self._servers = servers
-
-    async def start(self) -> None:
-        for server in self._servers:
-            await server.set_serving(True)
-
-    async def stop(self) -> None:
-        for server in self._servers:
-            await server.set_serving(False)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cilia.pki.files import CertificateInfo
-from cilia.telemetry.metrics import REGISTRY
 from protos.xds.v1 import xds_pb2 as pb
 from services.xds.accesslog import AccessLog
 from services.xds.cache import ResourceCache
@@ -84,16 +83,3 @@ class Collector:
                 "When the certificate in use ends.",
                 value=min(ends),
             )
-
-
-class Registration:
-    """The collector's place in the registry, as a lifecycle part."""
-
-    def __init__(self, collector: Collector) -> None:
-        self._collector = collector
-
-    async def start(self) -> None:
-        REGISTRY.register(self._collector)
-
-    async def stop(self) -> None:
-        REGISTRY.unregister(self._collector)

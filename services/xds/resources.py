@@ -24,6 +24,7 @@ from envoy.config.cluster.v3 import cluster_pb2
 from google.protobuf.message import DecodeError, Message
 
 from cilia.errors import InvalidError
+from cilia.rpc.wire import varint
 
 TypeURL = NewType("TypeURL", str)
 NodeID = NewType("NodeID", str)
@@ -101,15 +102,6 @@ def by_short_name(text: str) -> TypeURL:
 
 
 # ---- bytes
-
-
-def varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
 
 
 def field(number: int, value: bytes) -> bytes:
