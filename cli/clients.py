@@ -26,6 +26,7 @@ from protos.xds.v1 import xds_pb2_grpc
 T = TypeVar("T")
 
 HANDSHAKE_S = 10.0
+LABS = Path("/run/cilia-lab")
 
 EXIT_OF_KIND = {
     Kind.INVALID: Exit.INVALID,
@@ -174,7 +175,7 @@ def unreachable(name: str, socket: str, details: str) -> CliError:
         f"{name} not reachable at {socket}",
         code=Exit.UNREACHABLE,
         hint=f"The socket is there but nobody answers ({details}).\n"
-        f"  Was it killed? Traffic stays under policy meanwhile; {start}.",
+        f"  Was it killed? Traffic stays under policy meanwhile; {_again(path) or start}.",
     )
 
 
@@ -186,9 +187,17 @@ def _no_permission(name: str, socket: str) -> CliError:
     )
 
 
+def _again(socket: Path) -> str:
+    """How to have a lab's services again: they need its namespaces and settings."""
+    if LABS not in socket.parents:
+        return ""
+    lab = socket.relative_to(LABS).parts[0]
+    return f"see `cilia lab status {lab}`, or `cilia lab down {lab}` and up again"
+
+
 def _lab_sockets(module: str) -> list[str]:
     flag = f"--{module}-socket"
-    return [f"{flag} {p}" for p in sorted(Path("/run/cilia-lab").glob(f"*/*/{module}.sock"))]
+    return [f"{flag} {p}" for p in sorted(LABS.glob(f"*/*/{module}.sock"))]
 
 
 def fault_line(fault: FaultLike | common_pb2.Fault) -> FaultLine:

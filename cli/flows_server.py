@@ -17,6 +17,7 @@ import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cli import flows_filter
+from cli.clients import HANDSHAKE_S, LABS, answers
 from cli.errors import CliError, Exit
 from cli.settings import DEFAULT_RUN_DIR, Command, Settings
 from protos.flows.v1 import flows_pb2_grpc
@@ -130,6 +131,19 @@ def run(settings: Settings, tls: dict[str, Any], work: Callable[[Server], Awaita
         else:
             channel = grpc.aio.insecure_channel(address, options)
         async with channel:
+            if target.startswith("unix:///") and answers(Path(target.removeprefix("unix://"))):
+                # A stream has no deadline; whoever takes the connection must say hello in time.
+                limit_s = min(HANDSHAKE_S, settings.timeout_s)
+                try:
+                    async with asyncio.timeout(limit_s):
+                        await channel.channel_ready()
+                except TimeoutError:
+                    raise CliError(
+                        f"the flow service at {target} is there and did not answer within "
+                        f"{limit_s:g} s",
+                        code=Exit.TIMEOUT,
+                        hint="Give it longer with --timeout; is its process stopped?",
+                    ) from None
             return await work(Server(channel, settings.timeout_s))
 
     try:
@@ -149,7 +163,7 @@ def _explain(error: grpc.aio.AioRpcError, target: str) -> CliError:
             hint = (
                 "Is it running? Start it with `python -m services.flows`, or name it with --server."
             )
-            labs = sorted(Path("/run/cilia-lab").glob("*/*/hubble.sock"))
+            labs = sorted(LABS.glob("*/*/hubble.sock"))
             if labs:
                 hint += f"\n  Labs that are up: {' '.join(f'--server unix://{p}' for p in labs)}"
             if target.startswith("unix:///"):

@@ -88,6 +88,10 @@ def _shape(view: LabView) -> dict[str, Any]:
 
 
 def _workload_table(settings: Settings, view: LabView) -> None:
+    # Without their agent nobody knows of endpoints; their traffic is as it was.
+    silent = {
+        s.node for s in view.services if s.name == "agent" and s.state in ("dead", "silent", "none")
+    }
     render.table(
         settings,
         ["WORKLOAD", "LABELS", "ENDPOINT", "IDENTITY", "STATE", "IPv4", "IPv6", "PROCESS"],
@@ -97,7 +101,11 @@ def _workload_table(settings: Settings, view: LabView) -> None:
                 ",".join(text.removeprefix("k8s:") for text in w.workload.labels),
                 w.endpoint.id if w.endpoint else "-",
                 w.endpoint.identity if w.endpoint else "-",
-                w.endpoint.state if w.endpoint else "missing",
+                w.endpoint.state
+                if w.endpoint
+                else "unknown"
+                if w.workload.node in silent
+                else "missing",
                 w.workload.ipv4 or "-",
                 w.workload.ipv6 or "-",
                 w.process,

@@ -68,7 +68,7 @@ cilia policy whatif new.yaml --policies policies/ --endpoints endpoints.yaml
 cilia flows observe -o json --last 10000 | cilia policy whatif new.yaml --flows -
 """),
 )
-@click.argument("file", nargs=-1, required=True, metavar="FILE|DIR...")
+@click.argument("file", nargs=-1, required=True, type=click.Path(), metavar="FILE|DIR...")
 @click.option("--delete", is_flag=True, help="What if these policies were deleted?")
 @click.option(
     "--flows",

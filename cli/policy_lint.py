@@ -19,7 +19,7 @@ cilia policy lint policies/
 cilia policy lint policies/ --endpoints endpoints.yaml
 """),
 )
-@click.argument("file", nargs=-1, required=True, metavar="FILE|DIR|-...")
+@click.argument("file", nargs=-1, required=True, type=click.Path(), metavar="FILE|DIR|-...")
 @endpoints_option
 @namespace_option
 @pass_settings

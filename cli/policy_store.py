@@ -44,7 +44,7 @@ cilia policy apply policies/ --dry-run
 kubectl get cnp -A -o yaml | cilia policy apply -
 """),
 )
-@click.argument("file", nargs=-1, required=True, metavar="FILE|DIR|-...")
+@click.argument("file", nargs=-1, required=True, type=click.Path(), metavar="FILE|DIR|-...")
 @click.option("--wait", is_flag=True, help="Return when this node enforces it.")
 @click.option("--dry-run", is_flag=True, help="Check, say what would change, change nothing.")
 @click.option(
@@ -240,7 +240,15 @@ cilia policy delete --all
 """),
 )
 @click.argument("name", nargs=-1, metavar="[[KIND/][NAMESPACE/]NAME]...")
-@click.option("-f", "--file", "file", multiple=True, help="Delete the policies of this file.")
+@click.option(
+    "-f",
+    "--file",
+    "file",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Delete the policies of this file.",
+)
 @click.option("--all", "everything", is_flag=True, help="Delete every policy.")
 @click.option("--wait", is_flag=True, help="Return when this node enforces it.")
 @namespace_option

@@ -18,7 +18,7 @@ cilia policy validate policies/
 cat policy.yaml | cilia policy validate - -o json
 """),
 )
-@click.argument("file", nargs=-1, required=True, metavar="FILE|DIR|-...")
+@click.argument("file", nargs=-1, required=True, type=click.Path(), metavar="FILE|DIR|-...")
 @click.option("--strict", is_flag=True, help="Warnings fail too.")
 @namespace_option
 @pass_settings

@@ -74,7 +74,7 @@ cilia store backup /var/backups/cilia-$(date +%F).sqlite
 cilia store backup - | gzip > store.gz
 """),
 )
-@click.argument("file")
+@click.argument("file", type=click.Path())
 @click.option("-f", "--force", is_flag=True, help="Overwrite FILE.")
 @pass_settings
 def backup(settings: Settings, file: str, force: bool) -> None:
@@ -126,7 +126,7 @@ def backup(settings: Settings, file: str, force: bool) -> None:
 @store.command(
     "restore",
     epilog=examples("""
-systemctl stop cilia-identity && cilia store restore backup.sqlite
+cilia store restore backup.sqlite
 cilia store restore backup.sqlite --state-dir /srv/cilia
 """),
 )

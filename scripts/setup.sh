@@ -181,7 +181,7 @@ else
 fi
 
 if ! stamp packages "$packages_key"; then
-    say "[3/4] Python packages: $(grep -c '==' requirements.lock) locked ones"
+    say "[3/4] Python packages: $(grep -c '==' requirements.lock) locked ones, a minute or two"
     rm -f "$venv/.stamp-packages"
     install_packages ||
         fail_log "could not install the Python packages of requirements.lock"

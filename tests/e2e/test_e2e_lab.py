@@ -90,6 +90,9 @@ def test_down_after_everything_was_killed(name: str, file: Path) -> None:
         monitor.kill()
     text = cilia.fails(3, "--agent-socket", node["agent_socket"], "status")
     assert "nobody answers" in text
+    assert f"`cilia lab down {name}` and up again" in text  # not: start it with python -m ...
+    table = cilia.run("lab", "status", name).stdout
+    assert table.count("unknown") == table.count("default/") > 0  # nobody says they are missing
     status = cilia.run("lab", "status", name, "-o", "json")
     assert status.returncode == 1
     assert json.loads(status.stdout)[0]["healthy"] is False

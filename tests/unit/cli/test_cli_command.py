@@ -516,6 +516,21 @@ def test_a_socket_may_be_written_as_of_grpc(tmp_path: Path) -> None:
     assert f"not reachable at {tmp_path}/agent.sock" in result.stderr
 
 
+def test_a_flow_service_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "hubble.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        for words in (("stats",), ("observe", "-f")):
+            result = run("--timeout", "0.3", "flows", *words, "--server", f"unix://{path}")
+            assert result.exit_code == Exit.TIMEOUT
+            assert "did not answer within 0.3 s" in result.stderr
+    path.unlink()
+    gone = run("flows", "stats", "--server", f"unix://{path}")
+    assert gone.exit_code == Exit.UNREACHABLE
+    assert "there is no such socket" in gone.stderr
+
+
 def test_what_is_no_socket_is_not_called_one(tmp_path: Path) -> None:
     result = run("--agent-socket", str(tmp_path), "status")
     assert result.exit_code == Exit.UNREACHABLE
@@ -571,7 +586,7 @@ def test_completion_offers_nouns_and_verbs_and_never_complains(
 ) -> None:
     monkeypatch.setenv("CILIA_AGENT_SOCK", str(tmp_path / "nobody.sock"))
 
-    def offered(words: str) -> list[str]:
+    def offered(words: str, kind: str = "plain") -> list[str]:
         done = CliRunner().invoke(
             cli,
             prog_name="cilia",
@@ -582,11 +597,24 @@ def test_completion_offers_nouns_and_verbs_and_never_complains(
             },
         )
         assert done.stderr == ""
-        return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+        found = [line.partition(",") for line in done.stdout.splitlines() if line]
+        return [name for said, _, name in found if said == kind]
+
+    def files(words: str) -> bool:
+        """Whether the shell is told to offer its files."""
+        return offered(words, kind="file") == [""]
 
     assert offered("cilia pol") == ["policy"]
     assert "regenerate" in offered("cilia endpoint ")
     assert offered("cilia endpoint get ") == []
+    for words in (
+        "policy apply",
+        "policy validate",
+        "policy lint",
+        "policy whatif",
+        "policy delete -f",
+    ):
+        assert files(f"cilia {words} "), words
 
 
 def test_every_verb_is_documented() -> None:
