@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from cilia.policy.questions.sample import is_repeat, sample
 from cli import asked, documents, ends, render
 from cli.errors import CliError, Exit
 from cli.policy import endpoints_option, enforcement_option, namespace_option, policies_option
+from cli.policy_matrix import joined
 from cli.settings import Command, Settings, examples, pass_settings
 
 MAX_FLOWS = 1_000_000
@@ -197,15 +199,21 @@ def _answer(
 
 
 def _show(settings: Settings, flips: list[Flip]) -> None:
-    for flip in flips:
-        sign, style = SIGNS[flip.kind]
-        shape = flip.shape()
-        numbers = shape.get("ports") or shape["types"]
-        text = f"{sign} {flip.src} to {flip.dst}: {shape['protocol']} {numbers}"
-        for key, word in (("l7_before", "before"), ("l7", "requests")):
-            if key in shape:
-                text += f" ({word}: {json.dumps(shape[key], ensure_ascii=False)})"
-        render.line(settings, (text, style))
+    for (src, dst, kind), group in itertools.groupby(flips, key=lambda x: (x.src, x.dst, x.kind)):
+        sign, style = SIGNS[kind]
+        for protocol, numbers, condition in joined(src, dst, [_cells(flip) for flip in group]):
+            text = f"{sign} {src} to {dst}: {protocol} {numbers}{condition}"
+            render.line(settings, (text, style))
+
+
+def _cells(flip: Flip) -> tuple[str, str, str]:
+    shape = flip.shape()
+    condition = "".join(
+        f" ({word}: {json.dumps(shape[key], ensure_ascii=False)})"
+        for key, word in (("l7_before", "before"), ("l7", "requests"))
+        if key in shape
+    )
+    return shape["protocol"], shape.get("ports") or shape["types"], condition
 
 
 def _show_recorded(settings: Settings, recorded: list[dict[str, Any]]) -> None:

@@ -91,12 +91,14 @@ def write_rows(rows: Iterable[object]) -> None:
 def lines(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, str, str]]:
     """For people: of a pair to which everything is open, one line instead of one a protocol."""
     for (src, dst), group in itertools.groupby(rows, key=lambda row: (row.src, row.dst)):
-        found = [what(row) for row in group]
-        every = _EVERY[next((x.version for x in (src, dst) if not isinstance(x, str)), 0)]
-        if set(found) == every:
-            found = [("ANY", "all", "")]
-        for cells in found:
+        for cells in joined(src, dst, [what(row) for row in group]):
             yield (shown(src), shown(dst), *cells)
+
+
+def joined(src: Name, dst: Name, cells: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Protocol, ports and condition of a pair's rows: one row if they are all there is."""
+    every = _EVERY[next((x.version for x in (src, dst) if not isinstance(x, str)), 0)]
+    return [("ANY", "all", "")] if set(cells) == every else cells
 
 
 #: What is open between two ends when everything is; of prefixes ICMP is that of the family.

@@ -27,6 +27,9 @@ MAX_MISSES = 5
 MAX_FLOW_BYTES = 1 << 20
 
 
+ALL_PORTS = "0/ANY"
+
+
 @click.command(
     "why",
     cls=Command,
@@ -42,9 +45,10 @@ cilia why app=web 192.0.2.1 --dport 443/tcp --policies policies/ --endpoints end
     "-p",
     "--dport",
     "dport",
-    default="0/ANY",
+    default=ALL_PORTS,
     metavar="PORT[/PROTOCOL]",
-    help="Destination port, for example 80/tcp; of ICMP the type. Without it: any port at all.",
+    help="Destination port, for example 80/tcp; of ICMP the type. Without it all ports are asked "
+    "about: allowed when each of them is.",
 )
 @request_options
 @policies_option
@@ -116,6 +120,8 @@ def why(
     if write_edit is not None:
         _say_written(write_edit, answer, proposal)
     if not answer.allowed:
+        if len(who) == 2 and dport == ALL_PORTS:
+            render.warn("All ports were asked about; --dport asks about one.")
         raise SystemExit(int(Exit.FAILED))
 
 

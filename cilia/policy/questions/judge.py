@@ -46,7 +46,7 @@ class Question:
         name = PROTO_NAMES.get(self.proto, f"protocol {self.proto}")
         text = f"{name} type {self.port}" if self.proto in _TYPED else f"{self.port}/{name}"
         if not self.port and self.proto not in _TYPED:
-            text = f"every port of {name}"
+            text = f"every port of {name}" if self.proto else "all ports"
         return f"{text} with {self.request}" if self.request is not None else text
 
 

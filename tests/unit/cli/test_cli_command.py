@@ -236,6 +236,9 @@ def test_why_names_the_rule_and_an_edit_that_works(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(edited.stdout)
     assert run("why", "x", "web", "--dport", "80/tcp", *given).exit_code == Exit.OK
     assert run("why", "x", "web", "--dport", "81/tcp", *given).exit_code == Exit.FAILED
+    every = run("why", "front", "web", *given)  # one port is allowed, and the others not
+    assert "default/front to default/web on all ports: DENIED" in every.stdout
+    assert "--dport asks about one" in every.stderr
 
 
 def test_why_writes_the_edit_into_the_file_itself(tmp_path: Path) -> None:
@@ -378,7 +381,8 @@ def test_whatif_counts_recorded_flows_too(tmp_path: Path) -> None:
     assert same.exit_code == Exit.OK
     assert "No connection changes (3 endpoints given)" in same.stdout
     gone = run("policy", "whatif", "--delete", given[1], *given)
-    assert "+ default/x to default/web: TCP 1-65535" in gone.stdout
+    assert "+ default/x to default/web: ANY all" in gone.stdout.splitlines()
+    assert "+ default/front to default/web: TCP 1-79,81-65535" in gone.stdout.splitlines()
 
 
 TABLE = """
