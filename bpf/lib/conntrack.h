@@ -573,14 +573,16 @@ static __always_inline void ct_host_ends(struct flow *f, const struct ct_entry *
 /*
  * Does a packet that matches an entry begin a connection of its own? A SYN does
  * when the old connection is closing, or when the responder sends it: the entry
- * admits its answers, and a SYN is none. Nor is an echo request.
+ * admits its answers, and a SYN is none. Nor is an echo request. Nor has one
+ * that the proxy never answered begun: the next attempt may find another there.
  */
 static __always_inline bool ct_begins_anew(const struct packet *p, const struct flow *f,
 					   const struct ct_entry *e)
 {
 	if (p->proto == PROTO_TCP)
 		return packet_is_syn(p) &&
-		       (f->reply || ((e->seen[0] | e->seen[1]) & CT_SEEN_CLOSING));
+		       (f->reply || ((e->seen[0] | e->seen[1]) & CT_SEEN_CLOSING) ||
+			((e->flags & CT_F_PROXY) && !e->packets[1]));
 	if (p->flags & PKT_ECHO)
 		return packet_is_echo_request(p) == f->reply;
 	return false;

@@ -373,6 +373,10 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         regeneration.look_at_all()
         regenerate.trigger()
 
+    async def look_at_firewall() -> None:
+        await firewall.look()
+        proxy.watch(not firewall.drops_to_proxy)
+
     async def refresh_host() -> None:
         await host.refresh()
         await device_reconciler.flush()
@@ -393,7 +397,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("proxy-log", l7_log.follow, retry_s=0.2, retry_max_s=1.0, resync_s=0.1),
         Controller("proxy-routing", proxy.keep_routing, min_interval_s=0.2, resync_s=10.0),
         Controller("proxy-release", proxy.release, resync_s=5.0),
-        Controller("host-firewall", firewall.look, min_interval_s=5.0, resync_s=60.0),
+        Controller("host-firewall", look_at_firewall, min_interval_s=5.0, resync_s=60.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),

@@ -104,6 +104,11 @@ class Firewall:
                 **{fields.REASON: _named(self._to_proxy), fields.CURE: _cure(self._to_proxy)},
             )
 
+    @property
+    def drops_to_proxy(self) -> bool:
+        """Whether connections on their way to the proxy may be dropped, as far as is known."""
+        return bool(self._to_proxy)
+
     def summary(self, *, redirects: bool) -> tuple[Literal["Ok", "Warning"], str]:
         """For the status; `redirects`: whether there are connections to the proxy now."""
         if self._to_proxy and redirects:

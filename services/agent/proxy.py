@@ -73,6 +73,7 @@ class Proxy:
             busy=listening_ports,
         )
         self._path = directory / "redirects.json"
+        self.redirects.watching = False  # not before the host's firewall has been looked at
         self.connected = False
         self.error = ""  # of rules and tables
         self._known = asyncio.Event()  # what is wanted: not before the first flush
@@ -96,6 +97,14 @@ class Proxy:
     def in_force_by(self, slots: Callable[[], Collection[InForceSlot]]) -> None:
         """Who knows the kernel's policy rows."""
         self._slots = slots
+
+    def watch(self, may: bool) -> None:
+        """Whether connections that are only to be seen may go to the proxy: where a firewall drops
+        what is on its way there, they would be closed."""
+        if self.redirects.watching != may:
+            self.redirects.watching = may
+            sides = (s for x in self.redirects.listeners.values() for s in (x.egress, x.ingress))
+            self._moved(frozenset(s.digest for s in sides if s is not None and s.watches))
 
     def trigger_by(self, trigger: Callable[[], None]) -> None:
         """How to ask for `keep_routing`: the controller's trigger."""

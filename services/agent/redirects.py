@@ -142,6 +142,7 @@ class Redirects:
         self._saved: dict[str, dict[str, str]] = {}
         self._in_force = InForce()
         self.problem = ""  # why a set has no listener
+        self.watching = True  # whether connections that are only to be seen go to the proxy
 
     # ---- what others see
 
@@ -151,6 +152,8 @@ class Redirects:
 
     def port(self, rules: L7Set) -> int | None:
         """Where the proxy enforces this set now; None while it does not."""
+        if rules.watches and not self.watching:
+            return None
         listener = self._by_content.get(_content_of(rules))
         return listener.port if listener is not None and listener.ready else None
 

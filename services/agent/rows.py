@@ -42,8 +42,8 @@ class PolicyMapRow:
         """What of the visibility asked for is not in force, and why; a sentence each."""
         lines = [f"{visibility_text([x.rule])}: {x.why}" for x in self.unseen]
         lines += [
-            f"{'egress' if rules.egress else 'ingress'} {rules.parser}: the proxy is not there, "
-            "connections pass without it"
+            f"{'egress' if rules.egress else 'ingress'} {rules.parser}: the proxy is not there, or "
+            "a firewall is in its way; connections pass without it"
             for rules in self.state.l7
             if rules.watches and rules.digest not in self.fill.ports
         ]

@@ -526,6 +526,25 @@ def test_what_is_only_seen_passes_without_the_proxy(net: Proxied, serve: None, v
         net.ask("a", address, "/out/x", timeout=0.3)
 
 
+def test_an_attempt_that_the_proxy_did_not_answer_is_made_again(net: Proxied, v6: bool) -> None:
+    """Its SYN comes again, and goes where policy sends it now; an answered one stays."""
+    syn = tcp(v6, net.a, net.b, "S", 40004, WEB)
+    answer = tcp(v6, net.b, net.a, "SA", WEB, 40004)
+    net.policy(net.a, [*ALL, EGRESS_SEEN])
+    net.send(net.a, syn)
+    ((_, entry),) = net.ct()
+    assert entry["proxy_port_be"] == OUT_PORT
+    net.policy(net.a, ALL)
+    assert net.send(net.a, syn).drops == []
+    ((_, entry),) = net.ct()
+    assert (entry["proxy_port_be"], entry["flags"] & constants.CT_F_PROXY) == (0, 0)
+    assert net.send(net.b, answer).drops == []
+    net.policy(net.a, [*ALL, EGRESS_SEEN])
+    net.send(net.a, syn)
+    ((_, entry),) = net.ct()
+    assert entry["proxy_port_be"] == 0
+
+
 @pytest.mark.parametrize("source", ["node", "world"])
 def test_seen_on_ingress_without_the_proxy(
     net: Proxied, serve: None, v6: bool, source: str

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +15,12 @@ import grpc
 import pytest
 
 from protos.agent.v1 import agent_pb2 as pb
-from tests.integration.agentnode import AgentNode, eventually
+from tests.integration.agentnode import AgentNode, eventually, run
 from tests.integration.test_agent_proxy import (
     EMPIRE,
     FIGHTER,
+    FIREWALL,
+    USUAL,
     Web,
     ask,
     connect,
@@ -200,6 +203,25 @@ def test_no_xds_service_and_another_agent(seen: AgentNode) -> None:
     assert once(seen, "tiefighter", target.ipv4, "GET", "/x") == (200, "ok")
     assert f"not shown: default/deathstar {line}" in seen.component("proxy").message
     seen.start("xds")
+    in_force(seen)
+
+
+def test_a_firewall_in_the_way_closes_nothing(seen: AgentNode) -> None:
+    """It would drop what goes to the proxy: nothing is sent there, until a rule lets it pass."""
+    in_force(seen)
+    address = seen.get("deathstar").ipv4
+    rules = FIREWALL % USUAL
+    subprocess.run(seen.inside("node", "nft", "-f", "-"), input=rules, text=True, check=True)
+    try:
+        eventually(
+            lambda: seen.get("deathstar").not_shown, within_s=10, what="the firewall is seen"
+        )
+        assert once(seen, "tiefighter", address, "GET", "/walled") == (200, "ok")
+        assert seen.component("firewall").state == "Warning" or "L7 rules will need" in (
+            seen.component("firewall").message
+        )
+    finally:
+        run(*seen.inside("node", "nft", "delete", "table", "inet", "firewall"))
     in_force(seen)
 
 
