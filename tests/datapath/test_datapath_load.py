@@ -77,13 +77,14 @@ def test_no_helper_is_newer_than_the_floor(objects: None) -> None:
     """Kernel 5.10: what came later may only be called behind a switch of the loader."""
     guarded = {"bpf_ktime_get_coarse_ns"}
     floor = {
-        "bpf_csum_diff", "bpf_fib_lookup", "bpf_get_prandom_u32", "bpf_get_smp_processor_id",
+        "bpf_csum_diff", "bpf_fib_lookup", "bpf_get_listener_sock", "bpf_get_prandom_u32",
+        "bpf_get_smp_processor_id",
         "bpf_ktime_get_ns", "bpf_l3_csum_replace", "bpf_l4_csum_replace", "bpf_map_delete_elem",
         "bpf_map_lookup_elem", "bpf_map_update_elem", "bpf_redirect", "bpf_redirect_neigh",
         "bpf_redirect_peer", "bpf_ringbuf_reserve", "bpf_ringbuf_submit", "bpf_sk_assign",
         "bpf_sk_fullsock", "bpf_sk_lookup_udp", "bpf_sk_release",
         "bpf_skb_change_head", "bpf_skb_change_tail", "bpf_skb_load_bytes",
-        "bpf_skb_pull_data", "bpf_skb_store_bytes", "bpf_skc_lookup_tcp",
+        "bpf_skb_pull_data", "bpf_skb_store_bytes", "bpf_skb_vlan_pop", "bpf_skc_lookup_tcp",
     }  # fmt: skip
     used = set()
     for path in (*(REPOSITORY / "bpf").glob("*.c"), *(REPOSITORY / "bpf/lib").glob("*.h")):
