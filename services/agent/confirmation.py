@@ -66,6 +66,7 @@ class Confirmation:
         self._view = view
         self._clock = clock
         self.waiting: Waiting | None = None
+        self._rolling_back: Waiting | None = None
 
     def load(self) -> None:
         """What an earlier run left. Raises StateFileDamaged."""
@@ -118,8 +119,8 @@ class Confirmation:
         self._save()
 
     def confirm(self) -> tuple[PolicyName, ...]:
-        """They are meant. Raises NothingToConfirm."""
-        if self.waiting is None:
+        """They are meant. Raises NothingToConfirm, also once they are being rolled back."""
+        if self.waiting is None or self.waiting is self._rolling_back:
             raise NothingToConfirm
         names = tuple(self.waiting.applied)
         self.waiting = None
@@ -130,13 +131,18 @@ class Confirmation:
     @property
     def left_s(self) -> float | None:
         """Seconds until they are rolled back; None when nothing waits."""
-        return None if self.waiting is None else max(0.0, self.waiting.deadline_s - self._clock())
+        if self.waiting is None:
+            return None
+        left_s = self.waiting.deadline_s - self._clock()
+        # More than there was: the clock was set back, and how much is left nobody knows.
+        return left_s if 0 < left_s < CONFIRM_S + 1 else 0.0
 
     async def check(self) -> None:
         """Roll back what was not confirmed in time. Raises IdentityUnavailable: then try again."""
         waiting = self.waiting
-        if waiting is None or self._clock() < waiting.deadline_s or not self._view.live:
+        if waiting is None or self.left_s or not self._view.live:
             return
+        self._rolling_back = waiting
         puts, removed = [], []
         for name, entry in waiting.applied.items():
             if self._view.policies.get(name) != entry:

@@ -122,3 +122,33 @@ async def test_what_was_not_stored_is_not_waited_for(trial: Trial) -> None:
     trial.path.write_text('{"deadline_s": "soon"}')
     with pytest.raises(statefile.StateFileDamaged):
         trial.again()
+
+
+async def test_a_clock_that_is_set_back_gives_no_more_time(trial: Trial) -> None:
+    """Who is locked out cannot wait for a day."""
+    await trial.apply(entry(NEW, b"3"))
+    trial.now -= 86_400
+    assert trial.confirmation.left_s == 0
+    await trial.confirmation.check()
+    assert set(trial.store.entries) == {OLD}
+
+
+async def test_what_is_being_rolled_back_is_not_confirmed(trial: Trial) -> None:
+    """Whoever is told that it is confirmed must find it in force."""
+    await trial.apply(entry(OLD, b"2"), entry(NEW, b"3"))
+    trial.now += CONFIRM_S
+    delete = trial.store.delete_policies
+
+    async def fails(names: Sequence[PolicyName], *, everything: bool) -> Any:
+        with pytest.raises(NothingToConfirm):
+            trial.confirmation.confirm()
+        raise ConnectionError
+
+    trial.store.delete_policies = fails  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        await trial.confirmation.check()
+    with pytest.raises(NothingToConfirm):
+        trial.confirmation.confirm()
+    trial.store.delete_policies = delete  # type: ignore[method-assign]
+    await trial.confirmation.check()
+    assert trial.store.entries == {OLD: entry(OLD, b"1")}
