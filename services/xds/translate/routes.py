@@ -13,10 +13,12 @@ from services.xds.translate.model import NodeSettings, Redirect, SecretReader
 # What Envoy's normalization leaves alone, and some servers read as a step up or as the end of the
 # path: dot segments with parameters (RFC 3986 section 3.3 lets a segment have them; servlet
 # containers cut them off before they resolve dots) or with blanks around them, dots and slashes
-# that are encoded twice, NUL and backslashes.
+# that are encoded twice, NUL and backslashes. And what is no UTF-8 but was read as such: a byte C0
+# or C1, or zeros in front (RFC 3629 section 10), and %u with a character of ASCII.
 _BLANK: Final = r"(%09|%0a|%0b|%0c|%0d|%20)*"
 TRICKS: Final = (
-    rf"(?i).*(/{_BLANK}(\.|%2e){{1,2}}{_BLANK}((;|/|%3b).*)?|(%25(2e|2f|5c|25)|%00|\\).*)"
+    rf"(?i).*(/{_BLANK}(\.|%2e){{1,2}}{_BLANK}((;|/|%3b).*)?"
+    r"|(%25(2e|2f|5c|25)|%00|%c[01]%[89ab]|%e0%[89]|%f0%8|%u00|\\).*)"
 )
 
 
