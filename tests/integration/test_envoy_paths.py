@@ -140,7 +140,10 @@ async def test_only_paths_that_are_below_what_is_allowed_arrive() -> None:
 
         # Every combination of the pieces that tricks are made of: a few thousand by chance.
         dice = random.Random(11)
-        pieces = b"/ // public admin x .. . ; ..; %2e %2E%2e %2f %5c \\ %3b %c0%ae %u002e %e0%80%ae %00 %25 %252e %20 ? = A"
+        pieces = (
+            b"/ // public admin x .. . ; ..; %2e %2E%2e %2f %5c \\ %3b %c0%ae %u002e %e0%80%ae"
+            b" %00 %25 %252e %20 ? = A"
+        )
         paths = [
             b"/" + b"".join(dice.choices(pieces.split(), k=dice.randint(1, 9))) for _ in range(1500)
         ] + [
