@@ -1,7 +1,7 @@
 """Privileged networking: namespaces, netlink, sysctls, mounts. Blocking and idempotent.
 
     netns.py    open, enter and name network namespaces
-    rtnl.py     the netlink socket and its messages
+    rtnl.py     the netlink socket; pyroute2 writes its messages
     device.py   links, addresses, routes, neighbours
     sysctl.py   settings of a device, in any namespace
     mount.py    bpffs and cgroup2

@@ -29,7 +29,7 @@ from ipaddress import (
     IPv6Interface,
     IPv6Network,
 )
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from cilia.errors import InvalidError
 from cilia.net.errors import InterfaceExists, InterfaceGone
@@ -43,6 +43,7 @@ from cilia.net.rtnl import (
     GET_LINK,
     GET_NEIGHBOUR,
     GET_ROUTE,
+    IFLA_GSO_IPV4_MAX_SIZE,
     NEW_ADDRESS,
     NEW_LINK,
     NEW_NEIGHBOUR,
@@ -50,14 +51,11 @@ from cilia.net.rtnl import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
-    Attributes,
-    AttributeValue,
     Message,
     RouteSocket,
     as_text,
     as_u32,
     attributes,
-    encoded,
 )
 
 Address = IPv4Address | IPv6Address
@@ -70,6 +68,7 @@ GSO_LEGACY_MAX: Final = 65536
 ROUTE_PROTOCOL: Final = 193
 
 _PUT: Final = NLM_F_CREATE | NLM_F_REPLACE
+_SKIP_STATS: Final = ("IFLA_EXT_MASK", 8)  # RTEXT_FILTER_SKIP_STATS
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 
 _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 0x02, 0x200
@@ -90,23 +89,14 @@ _IFADDRMSG: Final = struct.Struct("=BBBBI")  # family, prefix length, flags, sco
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")
 _NDMSG: Final = struct.Struct("=BxxxiHBB")  # family, index, state, flags, type
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
-# linux/if_link.h, veth.h, if_addr.h, rtnetlink.h, neighbour.h
+# linux/if_link.h, if_addr.h, rtnetlink.h, neighbour.h: what is read
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
-_IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = (
-    18, 20, 28, 29, 37,
-)  # fmt: skip
-_IFLA_GSO_MAX_SIZE, _IFLA_TSO_MAX_SIZE, _IFLA_GSO_IPV4_MAX_SIZE = 41, 59, 63
-_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
-_VETH_INFO_PEER = 1
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
-_RTA_METRICS, _RTA_TABLE = 8, 15
-_RTAX_MTU = 2
+_IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_LINK_NETNSID = 18, 20, 37
+_IFLA_GSO_MAX_SIZE, _IFLA_TSO_MAX_SIZE = 41, 59
+_IFLA_INFO_KIND = 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE = 1, 4, 5, 6, 7, 15
 _NDA_DST, _NDA_LLADDR = 1, 2
-
-_SKIP_STATS: Final = (_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS
-_ANY_LINK: Final = bytes(_IFINFOMSG.size)
-_ANY_ADDRESS: Final = bytes(_IFADDRMSG.size)
 
 _NAME: Final = re.compile(r"[^\s/:]{1,15}\Z")  # dev_valid_name() of the kernel
 
@@ -234,15 +224,15 @@ class Network:
     # ---- links
 
     def links(self) -> list[Link]:
-        found = self._nl.dump(GET_LINK, _ANY_LINK, [_SKIP_STATS], what="listing links")
+        found = self._nl.dump(GET_LINK, {}, [_SKIP_STATS], what="listing links")
         return [parse_link(message) for message in found]
 
     def find_link(self, device: str | int) -> Link | None:
         """By name or index; None when there is none."""
-        header, attrs = _named_or_index(device)
+        fields, attrs = _named_or_index(device)
         message = self._nl.get(
             GET_LINK,
-            header,
+            fields,
             [*attrs, _SKIP_STATS],
             what=f"cannot look up {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
@@ -335,23 +325,23 @@ class Network:
         host_mac: str | None,
         peer_mac: str | None,
     ) -> None:
-        def end(name: str, mac: str | None) -> list[tuple[int, AttributeValue]]:
-            settings: list[tuple[int, AttributeValue]] = [(_IFLA_IFNAME, _named(name))]
+        def end(name: str, mac: str | None) -> list[tuple[str, Any]]:
+            settings: list[tuple[str, Any]] = [("IFLA_IFNAME", _named(name))]
             if mtu is not None:
-                settings.append((_IFLA_MTU, mtu))
+                settings.append(("IFLA_MTU", mtu))
             if mac is not None:
-                settings.append((_IFLA_ADDRESS, mac_bytes(mac)))
+                settings.append(("IFLA_ADDRESS", _mac(mac)))
             return settings
 
         with peer._netns.dup() if peer._netns is not None else NetNS.own() as target:
             # Made in its final place under its final name, so no half-made pair shows.
-            far = [*end(peer_name, peer_mac), (_IFLA_NET_NS_FD, target.fileno())]
-            data = [(_VETH_INFO_PEER, _ANY_LINK + encoded(far))]
-            info: Attributes = [(_IFLA_INFO_KIND, "veth"), (_IFLA_INFO_DATA, data)]
+            far = [*end(peer_name, peer_mac), ("IFLA_NET_NS_FD", target.fileno())]
+            data = {"attrs": [("VETH_INFO_PEER", {"attrs": far})]}
+            info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
             self._nl.request(
                 NEW_LINK,
-                _ANY_LINK,
-                [*end(host_name, host_mac), (_IFLA_LINKINFO, info)],
+                {},
+                [*end(host_name, host_mac), ("IFLA_LINKINFO", info)],
                 flags=NLM_F_CREATE | NLM_F_EXCL,
                 what=f"cannot create the veth pair {host_name}/{peer_name}{peer._where}",
             )
@@ -372,21 +362,20 @@ class Network:
         gso_max: int | None = None,
     ) -> bool:
         """Changes what differs; False when nothing does."""
-        flags, change = 0, 0
-        settings: list[tuple[int, AttributeValue]] = []
+        fields: dict[str, Any] = {}
+        settings: list[tuple[str, Any]] = []
         if mtu is not None and link.mtu != mtu:
-            settings.append((_IFLA_MTU, mtu))
-        if mac is not None and link.mac != _mac_text(mac_bytes(mac)):
-            settings.append((_IFLA_ADDRESS, mac_bytes(mac)))
+            settings.append(("IFLA_MTU", mtu))
+        if mac is not None and link.mac != _mac(mac):
+            settings.append(("IFLA_ADDRESS", _mac(mac)))
         if gso_max is not None:
             settings += _gso_settings(link, gso_max)
         if up is not None and link.up != up:
-            flags, change = _IFF_UP if up else 0, _IFF_UP
-        if not settings and not change:
+            fields = {"flags": _IFF_UP if up else 0, "change": _IFF_UP}
+        if not settings and not fields:
             return False
         what = f"cannot change {link.name}{self._where}"
-        header = _IFINFOMSG.pack(0, 0, link.index, flags, change)
-        return self._nl.request(NEW_LINK, header, settings, what=what)
+        return self._nl.request(NEW_LINK, {"index": link.index, **fields}, settings, what=what)
 
     def ensure_link(
         self,
@@ -410,14 +399,16 @@ class Network:
         """The link must be down on kernels before 6.2."""
         link = self.link(device)
         what = f"cannot rename {device} to {name}{self._where}"
-        self._nl.request(NEW_LINK, _link(link.index), [(_IFLA_IFNAME, _named(name))], what=what)
+        self._nl.request(
+            NEW_LINK, {"index": link.index}, [("IFLA_IFNAME", _named(name))], what=what
+        )
 
     def delete_link(self, device: str | int) -> bool:
         """Deletes the link, and its other end if it is a veth; False when it was absent."""
-        header, attrs = _named_or_index(device)
+        fields, attrs = _named_or_index(device)
         return self._nl.request(
             DELETE_LINK,
-            header,
+            fields,
             attrs,
             what=f"cannot delete {device}{self._where}",
             ignore=(errno.ENODEV, errno.ENOENT),
@@ -430,7 +421,7 @@ class Network:
 
     def addresses(self, device: str | int | None = None) -> list[DeviceAddress]:
         index = 0 if device is None else self._index(device)
-        found = self._nl.dump(GET_ADDRESS, _ANY_ADDRESS, what=f"listing addresses{self._where}")
+        found = self._nl.dump(GET_ADDRESS, {}, what=f"listing addresses{self._where}")
         parsed = (parse_address(message) for message in found)
         return [a for a in parsed if a is not None and index in (0, a.index)]
 
@@ -444,15 +435,19 @@ class Network:
         flags = _IFA_F_NODAD if address.version == 6 else 0
         if not prefix_route:
             flags |= _IFA_F_NOPREFIXROUTE
-        attrs: list[tuple[int, AttributeValue]] = [
-            (_IFA_ADDRESS, address.ip.packed),
-            (_IFA_FLAGS, flags),
+        attrs: list[tuple[str, Any]] = [
+            ("IFA_ADDRESS", str(address.ip)),
+            ("IFA_FLAGS", flags),
         ]
         if address.version == 4:
-            attrs.append((_IFA_LOCAL, address.ip.packed))
+            attrs.append(("IFA_LOCAL", str(address.ip)))
         self._nl.request(
             NEW_ADDRESS,
-            _address_header(address, self._index(device)),
+            {
+                "index": self._index(device),
+                "family": _family(address),
+                "prefixlen": address.network.prefixlen,
+            },
             attrs,
             flags=_PUT,
             what=f"cannot add the address {address} to {device}{self._where}",
@@ -467,8 +462,12 @@ class Network:
             return False
         return self._nl.request(
             DELETE_ADDRESS,
-            _address_header(address, link.index),
-            [(_IFA_LOCAL, address.ip.packed)],
+            {
+                "index": link.index,
+                "family": _family(address),
+                "prefixlen": address.network.prefixlen,
+            },
+            [("IFA_LOCAL", str(address.ip))],
             what=f"cannot remove the address {address} from {device}{self._where}",
             ignore=(errno.EADDRNOTAVAIL, errno.ENODEV),
         )
@@ -481,9 +480,9 @@ class Network:
         for family in (socket.AF_INET, socket.AF_INET6):
             messages = self._nl.dump(
                 GET_ROUTE,
-                _RTMSG.pack(family, *bytes(8)),
+                {"family": family},
                 # With a few hundred endpoints it is most of the work that the kernel picks it out.
-                () if table is None else [(_RTA_TABLE, table)],
+                () if table is None else [("RTA_TABLE", table)],
                 what=f"listing routes{self._where}",
                 ignore=(errno.ENOENT,),  # no such table
             )
@@ -509,23 +508,23 @@ class Network:
         A gateway is reached on-link, whatever the device's addresses are. `source` is the address
         that the node's own packets get.
         """
-        attrs = _route(destination, self._index(device), table, priority)
+        fields, attrs = _route(destination, self._index(device), table, priority)
         if gateway is not None:
-            attrs.append((_RTA_GATEWAY, gateway.packed))
+            fields["flags"] = _RTNH_F_ONLINK
+            attrs.append(("RTA_GATEWAY", str(gateway)))
         if source is not None:
-            attrs.append((_RTA_PREFSRC, source.packed))
+            attrs.append(("RTA_PREFSRC", str(source)))
         if mtu is not None:
-            attrs.append((_RTA_METRICS, [(_RTAX_MTU, mtu)]))
+            attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", mtu)]}))
         v4_on_link = destination.version == 4 and gateway is None
+        fields |= {
+            "type": _RTN_UNICAST,
+            "proto": ROUTE_PROTOCOL,
+            "scope": RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE,
+        }
         self._nl.request(
             NEW_ROUTE,
-            _route_header(
-                destination,
-                protocol=ROUTE_PROTOCOL,
-                scope=RT_SCOPE_LINK if v4_on_link else RT_SCOPE_UNIVERSE,
-                kind=_RTN_UNICAST,
-                flags=0 if gateway is None else _RTNH_F_ONLINK,
-            ),
+            fields,
             attrs,
             flags=_PUT,
             what=f"cannot set the route to {destination} by {device}{self._where}",
@@ -546,10 +545,11 @@ class Network:
             if link is None:
                 return False
             index = link.index
+        fields, attrs = _route(destination, index, table, priority)
         return self._nl.request(
             DELETE_ROUTE,
-            _route_header(destination, scope=_RT_SCOPE_NOWHERE),
-            _route(destination, index, table, priority),
+            fields | {"scope": _RT_SCOPE_NOWHERE},
+            attrs,
             what=f"cannot remove the route to {destination}{self._where}",
             ignore=(errno.ESRCH, errno.ENOENT, errno.ENODEV),
         )
@@ -561,9 +561,7 @@ class Network:
         found: list[Neighbour] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             for message in self._nl.dump(
-                GET_NEIGHBOUR,
-                _NDMSG.pack(family, 0, 0, 0, 0),
-                what=f"listing neighbours{self._where}",
+                GET_NEIGHBOUR, {"family": family}, what=f"listing neighbours{self._where}"
             ):
                 neighbour = _parse_neighbour(message)
                 if neighbour is not None and neighbour.index == index:
@@ -574,8 +572,12 @@ class Network:
         """A permanent entry: the address is never asked for on this device."""
         self._nl.request(
             NEW_NEIGHBOUR,
-            _NDMSG.pack(_family(address), self._index(device), _NUD_PERMANENT, 0, 0),
-            [(_NDA_DST, address.packed), (_NDA_LLADDR, mac_bytes(mac))],
+            {
+                "ifindex": self._index(device),
+                "family": _family(address),
+                "state": _NUD_PERMANENT,
+            },
+            [("NDA_DST", str(address)), ("NDA_LLADDR", _mac(mac))],
             flags=_PUT,
             what=f"cannot set the neighbour {address} on {device}{self._where}",
         )
@@ -587,8 +589,8 @@ class Network:
             return False
         return self._nl.request(
             DELETE_NEIGHBOUR,
-            _NDMSG.pack(_family(address), link.index, 0, 0, 0),
-            [(_NDA_DST, address.packed)],
+            {"ifindex": link.index, "family": _family(address)},
+            [("NDA_DST", str(address))],
             what=f"cannot remove the neighbour {address} from {device}{self._where}",
             ignore=(errno.ENOENT, errno.ENODEV),
         )
@@ -671,41 +673,26 @@ def _family(address: Address | Interface | Network_) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _link(index: int) -> bytes:
-    return _IFINFOMSG.pack(0, 0, index, 0, 0)
-
-
-def _named_or_index(device: str | int) -> tuple[bytes, list[tuple[int, AttributeValue]]]:
-    """Header and attributes of a message about one link."""
+def _named_or_index(device: str | int) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Fields and attributes of a message about one link."""
     if isinstance(device, int):
-        return _link(device), []
-    return _ANY_LINK, [(_IFLA_IFNAME, _named(device))]
-
-
-def _address_header(address: Interface, index: int) -> bytes:
-    return _IFADDRMSG.pack(_family(address), address.network.prefixlen, 0, 0, index)
-
-
-def _route_header(
-    destination: Network_, *, scope: int, protocol: int = 0, kind: int = 0, flags: int = 0
-) -> bytes:
-    # Its field for the table has 8 bits; the attribute counts.
-    family, length = _family(destination), destination.prefixlen
-    return _RTMSG.pack(family, length, 0, 0, 0, protocol, scope, kind, flags)
+        return {"index": device}, []
+    return {}, [("IFLA_IFNAME", _named(device))]
 
 
 def _route(
     destination: Network_, index: int, table: int, priority: int | None
-) -> list[tuple[int, AttributeValue]]:
-    """The attributes that name a route."""
-    attrs: list[tuple[int, AttributeValue]] = [(_RTA_TABLE, table)]
+) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Fields and attributes that name a route."""
+    fields: dict[str, Any] = {"family": _family(destination), "dst_len": destination.prefixlen}
+    attrs: list[tuple[str, Any]] = [("RTA_TABLE", table)]  # the field of the header has 8 bits
     if destination.prefixlen:
-        attrs.append((_RTA_DST, destination.network_address.packed))
+        attrs.append(("RTA_DST", str(destination.network_address)))
     if index:
-        attrs.append((_RTA_OIF, index))
+        attrs.append(("RTA_OIF", index))
     if priority is not None:
-        attrs.append((_RTA_PRIORITY, priority))
-    return attrs
+        attrs.append(("RTA_PRIORITY", priority))
+    return fields, attrs
 
 
 def mac_bytes(mac: str) -> bytes:
@@ -717,6 +704,11 @@ def mac_bytes(mac: str) -> bytes:
     if len(packed) != 6:
         raise InvalidError(f"{mac!r} is not a MAC address", cure="Write it as 02:00:00:00:00:01")
     return packed
+
+
+def _mac(mac: str) -> str:
+    """In the one spelling that pyroute2 takes. Raises InvalidError."""
+    return mac_bytes(mac).hex(":")
 
 
 def _mac_text(value: bytes | None) -> str:
@@ -746,19 +738,19 @@ def parse_link(message: Message) -> Link:
         foreign_link=_IFLA_LINK_NETNSID in found,
         alias=as_text(found.get(_IFLA_IFALIAS)),
         gso_max=as_u32(found.get(_IFLA_GSO_MAX_SIZE)),
-        gso_ipv4_max=as_u32(found.get(_IFLA_GSO_IPV4_MAX_SIZE)),
+        gso_ipv4_max=as_u32(found.get(IFLA_GSO_IPV4_MAX_SIZE)),
         tso_max=as_u32(found.get(_IFLA_TSO_MAX_SIZE)),
     )
 
 
-def _gso_settings(link: Link, wanted: int) -> list[tuple[int, AttributeValue]]:
+def _gso_settings(link: Link, wanted: int) -> list[tuple[str, Any]]:
     """What differs. Of IPv6 first: a value of up to GSO_LEGACY_MAX is that of IPv4 too."""
     size = min(wanted, link.tso_max or GSO_LEGACY_MAX)
-    settings: list[tuple[int, AttributeValue]] = []
+    settings: list[tuple[str, Any]] = []
     if link.gso_max and link.gso_max != size:
-        settings.append((_IFLA_GSO_MAX_SIZE, size))
+        settings.append(("IFLA_GSO_MAX_SIZE", size))
     if link.gso_ipv4_max and link.gso_ipv4_max != size:
-        settings.append((_IFLA_GSO_IPV4_MAX_SIZE, size))
+        settings.append(("IFLA_GSO_IPV4_MAX_SIZE", size))
     return settings
 
 

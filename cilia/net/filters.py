@@ -35,7 +35,7 @@ def filters(
     """Those of a hook, in the order they run; none without a device or a qdisc. One dump."""
     found = socket.dump(
         GET_FILTER,
-        _TCMSG.pack(0, ifindex, 0, PARENT[direction], 0),
+        {"index": ifindex, "parent": PARENT[direction]},
         what=f"cannot list filters of device {ifindex} {direction}",
         ignore=_NOTHING,
     )

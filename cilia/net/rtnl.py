@@ -1,11 +1,15 @@
-"""rtnetlink(7): a blocking socket in any namespace, and the messages that are said over it.
+"""rtnetlink(7): a blocking socket in any namespace. pyroute2 writes the messages, we read them.
 
     struct nlmsghdr  len:u32 type:u16 flags:u16 seq:u32 pid:u32     then the family's own header,
     struct nlattr    len:u16 type:u16 payload, padded to 4          then attributes, which may nest
 
-Whoever asks packs the family's header and names attributes by number; what an attribute is follows
-from its value (`encoded`). Everything is in host byte order, addresses are in network order
-(linux/rtnetlink.h). Why not a library: docs/adr/0016-own-netlink-messages.md.
+pyroute2's message classes know how each attribute is written. Its sockets are not used: they run an
+event loop and a thread each, and its reader takes half a millisecond for a link, where a node with
+a hundred endpoints lists a hundred. Everything is in host byte order, addresses are in network
+order (linux/rtnetlink.h).
+
+pyroute2 is imported by the first request, not by this module: docs/adr/0010-pyroute2-for-netlink.md
+has what it costs.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Self, TypeAlias
+from functools import cache
+from typing import Any, Final, Self
 
 from cilia.net.errors import NetworkError
 from cilia.net.netns import NetNS, in_netns
@@ -38,7 +43,10 @@ GET_NEIGHBOUR: Final = 30
 NEW_RULE: Final = 32
 DELETE_RULE: Final = 33
 GET_RULE: Final = 34
+NEW_FILTER: Final = 44
 GET_FILTER: Final = 46
+
+IFLA_GSO_IPV4_MAX_SIZE: Final = 63
 
 NLM_F_REPLACE: Final = 0x100
 NLM_F_EXCL: Final = 0x200
@@ -56,10 +64,6 @@ _NLA_TYPE_MASK: Final = 0x3FFF
 _SOL_NETLINK: Final = 270
 _NETLINK_EXT_ACK: Final = 11  # Linux 4.12: errors come with a sentence
 _NETLINK_GET_STRICT_CHK: Final = 12  # Linux 4.20: dumps honour the filter in their header
-
-# A number (u32), a text with its zero, bytes as they are, or attributes within.
-AttributeValue: TypeAlias = "int | str | bytes | Sequence[tuple[int, AttributeValue]]"
-Attributes: TypeAlias = Sequence[tuple[int, AttributeValue]]
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
@@ -103,23 +107,6 @@ def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
     return found
 
 
-def encoded(attrs: Attributes) -> bytes:
-    """The attributes, one after the other."""
-    parts: list[bytes] = []
-    for kind, value in attrs:
-        if isinstance(value, int):
-            payload = value.to_bytes(4, sys.byteorder)
-        elif isinstance(value, str):
-            payload = value.encode() + b"\0"
-        elif isinstance(value, bytes):
-            payload = value
-        else:
-            payload = encoded(value)
-        length = _ATTRIBUTE.size + len(payload)
-        parts += (_ATTRIBUTE.pack(length, kind), payload, bytes(-length % 4))
-    return b"".join(parts)
-
-
 def as_text(payload: bytes | None) -> str:
     return "" if payload is None else payload.rstrip(b"\0").decode(errors="replace")
 
@@ -156,8 +143,8 @@ class RouteSocket:
     def request(
         self,
         kind: int,
-        header: bytes,
-        attrs: Attributes = (),
+        fields: Mapping[str, Any],
+        attrs: Sequence[tuple[str, Any]] = (),
         *,
         what: str,
         flags: int = 0,
@@ -165,10 +152,10 @@ class RouteSocket:
     ) -> bool:
         """Asks for a change and waits for the answer.
 
-        `header` is the family's. Raises NetworkError with `what` before the kernel's reason. Errors
-        listed in `ignore` return False.
+        `fields` and `attrs` are those of pyroute2's class for the kind of message. Raises
+        NetworkError with `what` before the kernel's reason. Errors listed in `ignore` return False.
         """
-        data, sequence = self._encode(kind, _NLM_F_ACK | flags, header, attrs)
+        data, sequence = self._encode(kind, _NLM_F_ACK | flags, fields, attrs)
         asked = _Asked(what, ignore)
         if self._together is not None:
             self._together.append((data, sequence, asked))
@@ -215,15 +202,15 @@ class RouteSocket:
     def get(
         self,
         kind: int,
-        header: bytes,
-        attrs: Attributes = (),
+        fields: Mapping[str, Any],
+        attrs: Sequence[tuple[str, Any]] = (),
         *,
         what: str,
         ignore: Sequence[int] = (),
     ) -> Message | None:
         """Asks for one object; None for an error listed in `ignore`."""
         assert self._together is None, "an answer is needed at once"
-        data, sequence = self._encode(kind, 0, header, attrs)
+        data, sequence = self._encode(kind, 0, fields, attrs)
         self._send(data, what)
         while True:
             for message in self._receive(what):
@@ -239,8 +226,8 @@ class RouteSocket:
     def dump(
         self,
         kind: int,
-        header: bytes,
-        attrs: Attributes = (),
+        fields: Mapping[str, Any],
+        attrs: Sequence[tuple[str, Any]] = (),
         *,
         what: str,
         ignore: Sequence[int] = (),
@@ -252,7 +239,7 @@ class RouteSocket:
         assert self._together is None, "an answer is needed at once"
         found: list[Message] = []
         for _ in range(_DUMP_TRIES):
-            data, sequence = self._encode(kind, _NLM_F_DUMP, header, attrs)
+            data, sequence = self._encode(kind, _NLM_F_DUMP, fields, attrs)
             self._send(data, what)
             found, number, detail = self._dumped(sequence, what)
             if number in ignore:
@@ -279,13 +266,19 @@ class RouteSocket:
                     return found, *_error_of(message)
                 found.append(message)
 
-    def _encode(self, kind: int, flags: int, header: bytes, attrs: Attributes) -> tuple[bytes, int]:
+    def _encode(
+        self, kind: int, flags: int, fields: Mapping[str, Any], attrs: Sequence[tuple[str, Any]]
+    ) -> tuple[bytes, int]:
         self._sequence = self._sequence % 0xFFFFFFFF + 1
-        body = header + bytes(-len(header) % 4) + encoded(attrs)
-        length = _HEADER.size + len(body)
-        return _HEADER.pack(length, kind, _NLM_F_REQUEST | flags, self._sequence, 0) + body, (
-            self._sequence
-        )
+        message = _classes()[kind & ~3]()
+        message["header"]["type"] = kind
+        message["header"]["flags"] = _NLM_F_REQUEST | flags
+        message["header"]["sequence_number"] = self._sequence
+        message.update(fields)
+        message["attrs"] = list(attrs)
+        message.encode()
+        data = bytes(message.data)
+        return data + bytes(-len(data) % 4), self._sequence
 
     def _send(self, data: bytes, what: str) -> None:
         try:
@@ -300,6 +293,34 @@ class RouteSocket:
             raise NetworkError(what, errno.ETIMEDOUT) from None
         except OSError as error:
             raise NetworkError(what, error.errno or errno.EIO) from error
+
+
+@cache
+def _classes() -> dict[int, Any]:
+    """pyroute2's message classes, by the RTM_NEW number of their kind."""
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+    from pyroute2.netlink.rtnl.ndmsg import ndmsg
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+    from pyroute2.netlink.rtnl.tcmsg import tcmsg
+
+    class LinkMessage(ifinfmsg):  # type: ignore[misc]  # pyroute2 is untyped
+        """With the attributes of Linux 6.3 (linux/if_link.h), of which pyroute2 has no names."""
+
+        nla_map = (
+            *((kind, *entry) for kind, entry in enumerate(ifinfmsg.nla_map)),
+            (IFLA_GSO_IPV4_MAX_SIZE, "IFLA_GSO_IPV4_MAX_SIZE", "uint32"),
+        )
+
+    return {
+        NEW_LINK: LinkMessage,
+        NEW_ADDRESS: ifaddrmsg,
+        NEW_ROUTE: rtmsg,
+        NEW_NEIGHBOUR: ndmsg,
+        NEW_RULE: fibmsg,
+        NEW_FILTER: tcmsg,
+    }
 
 
 def _error_of(message: Message) -> tuple[int, str]:

@@ -16,6 +16,7 @@ import errno
 import socket
 import struct
 from collections.abc import Collection
+from ipaddress import ip_network
 from typing import Any, Final
 
 from cilia.bpf.constants import MARK_MAGIC_MASK, MARK_TO_PROXY
@@ -52,7 +53,7 @@ _LO: Final = 1  # the kernel gives it this index in every namespace
 _FR_ACT_TO_TBL: Final = 1
 _RTN_LOCAL: Final = 2
 _RT_SCOPE_HOST: Final = 254
-_FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 6, 10, 15, 16, 21
+_FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 6, 10, 15, 16
 _RTA_DST, _RTA_OIF, _RTA_TABLE = 1, 4, 15
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")  # struct rtmsg, and struct fib_rule_hdr in its shape
 
@@ -205,20 +206,15 @@ def _families(host: RouteSocket) -> list[int]:
         for family in _FAMILIES
         if host.dump(
             GET_RULE,
-            _about(family),
+            {"family": family},
             what="cannot list rules",
             ignore=(errno.EAFNOSUPPORT, errno.EOPNOTSUPP),
         )
     ]
 
 
-def _about(family: int, *, protocol: int = 0, scope: int = 0, kind: int = 0) -> bytes:
-    """The header of a message about a rule (whose action is `kind`) or a route, to anywhere."""
-    return _RTMSG.pack(family, 0, 0, 0, 0, protocol, scope, kind, 0)
-
-
 def _has_rule(host: RouteSocket, family: int) -> bool:
-    for message in host.dump(GET_RULE, _about(family), what="cannot list rules"):
+    for message in host.dump(GET_RULE, {"family": family}, what="cannot list rules"):
         if len(message.body) < _RTMSG.size or message.body[0] != family:
             continue
         header = _RTMSG.unpack_from(message.body)
@@ -239,13 +235,13 @@ def _has_rule(host: RouteSocket, family: int) -> bool:
 def _change_rule(host: RouteSocket, family: int, kind: int) -> None:
     host.request(
         kind,
-        _about(family, kind=_FR_ACT_TO_TBL),
+        {"family": family, "action": _FR_ACT_TO_TBL, "table": 0},
         [
-            (_FRA_PRIORITY, RULE_PRIORITY),
-            (_FRA_FWMARK, MARK_TO_PROXY),
-            (_FRA_FWMASK, MARK_MAGIC_MASK),
-            (_FRA_TABLE, ROUTE_TABLE),
-            (_FRA_PROTOCOL, bytes((ROUTE_PROTOCOL,))),
+            ("FRA_PRIORITY", RULE_PRIORITY),
+            ("FRA_FWMARK", MARK_TO_PROXY),
+            ("FRA_FWMASK", MARK_MAGIC_MASK),
+            ("FRA_TABLE", ROUTE_TABLE),
+            ("FRA_PROTOCOL", ROUTE_PROTOCOL),
         ],
         what=f"cannot change the rule for packets marked {MARK_TO_PROXY:#x}",
         flags=NLM_F_CREATE | NLM_F_EXCL if kind == NEW_RULE else 0,
@@ -256,8 +252,8 @@ def _change_rule(host: RouteSocket, family: int, kind: int) -> None:
 def _has_route(host: RouteSocket, family: int) -> bool:
     for message in host.dump(
         GET_ROUTE,
-        _about(family),
-        [(_RTA_TABLE, ROUTE_TABLE)],
+        {"family": family},
+        [("RTA_TABLE", ROUTE_TABLE)],
         what=f"cannot list the routes of table {ROUTE_TABLE}",
         ignore=(errno.ENOENT,),  # there is no such table
     ):
@@ -276,11 +272,19 @@ def _has_route(host: RouteSocket, family: int) -> bool:
 
 
 def _change_route(host: RouteSocket, family: int, kind: int) -> None:
+    everything = ip_network("::/0" if family == socket.AF_INET6 else "0.0.0.0/0")
     try:
         host.request(
             kind,
-            _about(family, protocol=ROUTE_PROTOCOL, scope=_RT_SCOPE_HOST, kind=_RTN_LOCAL),
-            [(_RTA_TABLE, ROUTE_TABLE), (_RTA_OIF, _LO)],
+            {
+                "family": family,
+                "dst_len": everything.prefixlen,
+                "table": 0,
+                "proto": ROUTE_PROTOCOL,
+                "scope": _RT_SCOPE_HOST,
+                "type": _RTN_LOCAL,
+            },
+            [("RTA_TABLE", ROUTE_TABLE), ("RTA_OIF", _LO)],
             what=f"cannot change the local route of table {ROUTE_TABLE}",
             flags=NLM_F_CREATE | NLM_F_REPLACE if kind == NEW_ROUTE else 0,
             ignore=() if kind == NEW_ROUTE else (errno.ESRCH,),
