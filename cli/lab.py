@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +125,8 @@ def how_to_talk(lab_: LabState) -> list[str]:
         sockets += f" CILIA_XDS_SOCK={node.xds_socket}"
     if node.flows_argv:
         sockets += f" CILIA_FLOWS_SERVER=unix://{node.flows_socket}"
-    lines = [
+    lines = [] if shutil.which("cilia") else [f". {Path(sys.prefix) / 'bin' / 'activate'}"]
+    lines += [
         f"export {sockets}",
         "cilia endpoint list",
         "cilia monitor",

@@ -86,7 +86,8 @@ def main() -> int:
             print(name if name.startswith(group) else f"{group}_{name}")
         return 0
     if not benches:
-        print(f"no bench is called {options.only}; see --list", file=sys.stderr)
+        groups = ", ".join(dict.fromkeys(group for group, _, _ in discover()))
+        print(f"no bench is called {options.only}; the groups are {groups}", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
         print("the benches need root: namespaces and eBPF", file=sys.stderr)

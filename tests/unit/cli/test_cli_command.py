@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.errors import Exit
+from cli.lab import how_to_talk
 from cli.root import NOUNS, cli
+from lab.state import LabState, NodeState
 
 POLICY = """\
 apiVersion: cilium.io/v2
@@ -631,6 +634,43 @@ def test_every_verb_is_documented() -> None:
         assert any(all(re.search(rf"\b{word}\b", cell) for word in path) for cell in first_cells), (
             f"docs/cli.md does not list `cilia {' '.join(path)}`"
         )
+
+
+def test_a_lab_says_how_to_find_the_command_when_it_is_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After `make lab` nobody has activated the environment."""
+    node = NodeState(name="n", netns="", run_dir="", ipv4="", ipv6="", bpffs="", cgroup=None)
+    lab = LabState(name="a", source="a.yaml", boot_id="", nodes=(node,))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert how_to_talk(lab)[0] == f". {sys.prefix}/bin/activate"
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/cilia")
+    assert how_to_talk(lab)[0].startswith("export CILIA_AGENT_SOCK=")
+
+
+SAID = re.compile(r"(?:`|^ +|^)cilia ([a-z][^`\n#|&;]*)", re.MULTILINE)
+
+
+def test_commands_in_documents_are_there() -> None:
+    """Their verbs and long options; not what follows `--`, or is another program's."""
+    root = Path(__file__).resolve().parents[3]
+    wrong = []
+    for page in (root / "README.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))):
+        for text in SAID.findall(page.read_text()):
+            words = re.sub(r"\$\(.*?\)", "", text).replace("\\", "").split()
+            command: click.Command = cli
+            while isinstance(command, click.Group) and words:
+                found = command.get_command(click.Context(command), words[0].split(",")[0])
+                if found is None:
+                    wrong.append(f"{page.name}: cilia {text}: no {words[0]}")
+                    break
+                command, words = found, words[1:]
+            known = {x for p in (*command.params, *cli.params) for x in p.opts} | {"--help"}
+            for word in words[: words.index("--") if "--" in words else None]:
+                name = word.split("=")[0].strip("[].,()")
+                if name.startswith("--") and name not in known:
+                    wrong.append(f"{page.name}: cilia {text}: no {name}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_option_is_documented_and_every_documented_one_is_there() -> None:
