@@ -228,7 +228,7 @@ def _cgroups() -> set[str]:
         if " - cgroup2 " in line:
             for entry in _entries(Path(line.split()[4])):
                 if entry.is_dir() and re.match(r"cil(ia|t)?-?", entry.name):
-                    # The parent of all labs is whoever's lab came first; each lab has its own below.
+                    # The parent of all labs is of whichever came first; each has its own below.
                     own = [entry] if entry.name != "cilia-lab" else _entries(entry)
                     found |= {f"cgroup {path}" for path in own if path.is_dir()}
     return found
