@@ -123,6 +123,11 @@ def reserved_identity(labels: Labels) -> NumericIdentity | None:
     return None
 
 
+# What `cidr_labels` wrote, to be read again: of an identity it is asked at each change.
+_PREFIXES: Final[dict[str, IPv4Network | IPv6Network]] = {}
+_MAX_PREFIXES: Final = 1 << 18
+
+
 def cidr_labels(prefix: IPv4Network | IPv6Network | str) -> Labels:
     """The labels of a prefix: ``cidr:<prefix>`` and its family's world; of /0 the world alone.
 
@@ -130,14 +135,21 @@ def cidr_labels(prefix: IPv4Network | IPv6Network | str) -> Labels:
     """
     network = ip_network(prefix) if isinstance(prefix, str) else prefix
     world = _WORLD4 if network.version == 4 else _WORLD6
-    return world.merge([Label(SOURCE_CIDR, str(network))]) if network.prefixlen else world
+    if not network.prefixlen:
+        return world
+    text = str(network)
+    if len(_PREFIXES) >= _MAX_PREFIXES:
+        _PREFIXES.clear()
+    _PREFIXES[text] = network
+    return world.merge([Label(SOURCE_CIDR, text)])
 
 
 def cidr_prefix(labels: Labels) -> IPv4Network | IPv6Network | None:
     """The prefix a CIDR identity stands for; /0 for a world of one family; None for all else."""
     for label in labels:
         if label.source == SOURCE_CIDR:
-            return _network(label.key)
+            found = _PREFIXES.get(label.key)
+            return found if found is not None else _network(label.key)
     if labels == _WORLD4 or (len(labels) == 1 and reserved_label("world-ipv4") in labels):
         return _network("0.0.0.0/0")
     if labels == _WORLD6 or (len(labels) == 1 and reserved_label("world-ipv6") in labels):

@@ -101,6 +101,24 @@ def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         raise StateFileUnreadable(path, error, verb="write") from error
 
 
+def append(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Adds to the end of a file, durably. A crash may leave a part of it."""
+    try:
+        known = path.exists()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if not known:
+            sync_directory(path.parent)
+    except OSError as error:
+        raise StateFileUnreadable(path, error, verb="write") from error
+
+
 def read(path: Path) -> bytes | None:
     """The file's content; None when there is no such file."""
     try:

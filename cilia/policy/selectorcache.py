@@ -7,13 +7,14 @@ anchored at its labels, and adding a selector at the identities that carry its a
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import Final, Generic, TypeVar
 
 from cilia.identity import cidr_prefix
-from cilia.labels import CLUSTER_KEY, NAMESPACE_KEY, Labels
+from cilia.labels import CLUSTER_KEY, NAMESPACE_KEY, SOURCE_ANY, SOURCE_CIDR, Labels
 from cilia.policy.api import CidrSelector, EndpointSelector, Network, Requirement
 
 CacheSelector = EndpointSelector | CidrSelector
@@ -95,6 +96,8 @@ class LabelIndex(Generic[T]):
 
     def add(self, labels: Labels, item: T) -> None:
         for label in labels:
+            if label.source == SOURCE_CIDR:
+                continue  # each has its own: see `candidates`
             self._by_label.setdefault((label.key, label.value), set()).add(item)
             self._by_key.setdefault(label.key, set()).add(item)
 
@@ -104,9 +107,14 @@ class LabelIndex(Generic[T]):
             _discard(self._by_key, label.key, item)
 
     def candidates(self, selector: EndpointSelector, everything: Collection[T]) -> Collection[T]:
-        """A superset of what the selector matches: of what carries its rarest label."""
+        """A superset of what the selector matches: of what carries its rarest label.
+
+        Prefixes are not filed as labels, for that is not how rules select them.
+        """
         best = everything
         for requirement in selector.requirements:
+            if requirement.source in (SOURCE_CIDR, SOURCE_ANY) and _is_prefix(requirement.key):
+                continue
             match requirement.operator:
                 case "In" if len(requirement.values) == 1:
                     found = self._by_label.get((requirement.key, requirement.values[0]), set())
@@ -117,6 +125,9 @@ class LabelIndex(Generic[T]):
             if len(found) < len(best):
                 best = found
         return best
+
+
+_Place = tuple[int, int, int]
 
 
 class SelectorCache(Generic[U, V]):
@@ -132,7 +143,7 @@ class SelectorCache(Generic[U, V]):
         self._labels: Final[dict[int, Labels]] = {}
         self._ids: Final[LabelIndex[int]] = LabelIndex()
         # (first address, length, identity), sorted, a list for each family
-        self._networks: Final[dict[int, list[tuple[int, int, int]]]] = {4: [], 6: []}
+        self._networks: Final[dict[int, list[_Place]]] = {4: [], 6: []}
 
     # ---- identities
 
@@ -236,11 +247,9 @@ class SelectorCache(Generic[U, V]):
 
     def search(self, selector: CacheSelector) -> Iterator[int]:
         """What a selector selects, in use or not."""
-        near = (
-            self._ids.candidates(selector, self._labels.keys())
-            if isinstance(selector, EndpointSelector)
-            else self._inside(selector.prefix)
-        )
+        if isinstance(selector, CidrSelector):
+            return self._inside(selector)
+        near = self._ids.candidates(selector, self._labels.keys())
         return (identity for identity in near if selector.matches(self._labels[identity]))
 
     def matching(self, labels: Labels) -> Iterator[CacheSelector]:
@@ -262,14 +271,27 @@ class SelectorCache(Generic[U, V]):
                 if candidate.contains(network):
                     yield candidate
 
-    def _inside(self, prefix: Network) -> Iterator[int]:
+    def _inside(self, selector: CidrSelector) -> Iterator[int]:
+        prefix = selector.prefix
         networks = self._networks[prefix.version]
         first = int(prefix.network_address)
-        last = int(prefix.broadcast_address)
-        for i in range(
-            bisect_left(networks, (first, 0, 0)), bisect_right(networks, (last, 129, 0))
-        ):
-            yield networks[i][2]
+        last = first | ((1 << (prefix.max_prefixlen - prefix.prefixlen)) - 1)
+        for i in range(bisect_left(networks, (first,)), len(networks)):
+            address, length, identity = networks[i]
+            if address > last:
+                return
+            if selector.contains_bits(prefix.version, address, length):
+                yield identity
+
+
+def _is_prefix(key: str) -> bool:
+    if "/" not in key:
+        return False
+    try:
+        ip_network(key)
+    except ValueError:
+        return False
+    return True
 
 
 def _discard(index: dict[K, set[T]], key: K, item: T) -> None:

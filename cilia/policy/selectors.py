@@ -135,14 +135,18 @@ class CidrSelector:
 
     def contains(self, network: Network) -> bool:
         """Whether all of the network is selected: inside the prefix, inside no exception."""
+        return self.contains_bits(network.version, int(network.network_address), network.prefixlen)
+
+    def contains_bits(self, version: int, address: int, size: int) -> bool:
+        """As `contains`, of a network given by its first address and length."""
         prefix = self.prefix
-        if network.version != prefix.version or network.prefixlen < prefix.prefixlen:
+        if version != prefix.version or size < prefix.prefixlen:
             return False
-        bits, address = prefix.max_prefixlen, int(network.network_address)
+        bits = prefix.max_prefixlen
         if (address ^ int(prefix.network_address)) >> (bits - prefix.prefixlen):
             return False
         return not any(
-            length <= network.prefixlen and (address >> (bits - length) << (bits - length)) in found
+            length <= size and (address >> (bits - length) << (bits - length)) in found
             for length, found in self._holes.items()
         )
 

@@ -121,6 +121,9 @@ class _JsonReader:
         return _NotJsonError(f"invalid JSON: {message}", *self.place(at))
 
     def blank(self, at: int) -> int:
+        first = self.text[at : at + 1]
+        if first and first not in " \t\n\r":
+            return at
         found = _WHITESPACE.match(self.text, at)
         return found.end() if found else at
 
@@ -136,7 +139,7 @@ class _JsonReader:
             text, end = _scanstring(self.text, at + 1, True)
         except json.JSONDecodeError as error:
             raise self.fail(error.msg, error.pos) from None
-        if _SURROGATE.search(text):
+        if not text.isascii() and _SURROGATE.search(text):
             raise TreeError("a lone surrogate is no character", *self.place(at))
         return text, end
 

@@ -260,9 +260,13 @@ class Calculation:
         """Give prefixes identities, in the kernel's numbers and in the engine."""
         self._unnumbered.update(fresh)
         self._unnumbered.difference_update(idle)
-        self.cidrs.change(self._unnumbered, idle)
+        # Sorted: whoever keeps them in order then appends.
+        wanted = sorted(
+            self._unnumbered, key=lambda x: (x.version, int(x.network_address), x.prefixlen)
+        )
+        self.cidrs.change(wanted, idle)
         numbers = self.cidrs.numbers
-        for prefix in self._unnumbered:
+        for prefix in wanted:
             number, old = numbers[prefix], self._cidr_in_engine.get(prefix)
             if number == old:
                 continue

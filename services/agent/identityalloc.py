@@ -11,6 +11,8 @@ conntrack entries and events remember them.
 from __future__ import annotations
 
 import asyncio
+import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cilia import statefile
-from cilia.errors import ExhaustedError
+from cilia.errors import DomainError, ExhaustedError
 from cilia.identity import (
     LOCAL_SCOPE,
     MAX_LOCAL_ID,
@@ -163,8 +165,11 @@ class CidrIdentities:
         self._numbers: dict[Network, NumericIdentity] = {}
         self._unused_since: dict[Network, float] = {}
         self._next = LOCAL_SCOPE + 1
-        self._dirty = False
-        self.version = 0  # raised whenever `numbers` changes
+        self._taken: set[NumericIdentity] = set()
+        self._unsaved: dict[Network, NumericIdentity | None] = {}  # since the last save
+        self._changed: set[Network] = set()  # since `take_changed`
+        self._saved_as = ""  # the mark of the whole file that the log goes with
+        self._logged = 0
 
     def load(self) -> None:
         """Numbers of an earlier run. Raises StateFileDamaged."""
@@ -181,27 +186,82 @@ class CidrIdentities:
             raise statefile.StateFileDamaged(self._path, str(error)) from error
         if len(set(numbers.values())) != len(numbers) or not all(map(is_local, numbers.values())):
             raise statefile.StateFileDamaged(self._path, "numbers repeat or are not local ones")
-        self._numbers = numbers
-        self.version += 1
+        saved_as = str(content.get("mark", ""))
+        for prefix, number in self._read_log(saved_as):
+            if number is None:
+                numbers.pop(prefix, None)
+            else:
+                numbers[prefix] = number
+                following = number + 1
+        if len(set(numbers.values())) != len(numbers):
+            raise statefile.StateFileDamaged(self._log, "numbers repeat")
+        self._numbers, self._taken = numbers, set(numbers.values())
+        self._changed.update(numbers)
         self._next = following if is_local(following) else LOCAL_SCOPE + 1
         now = self._clock()
         self._unused_since = dict.fromkeys(numbers, now)
 
     @property
+    def _log(self) -> Path:
+        """Changes since the whole file was written, a line each."""
+        return self._path.with_suffix(".log")
+
+    def _read_log(self, mark: str) -> list[tuple[Network, NumericIdentity | None]]:
+        """The changes that were logged after the file of this mark. Raises StateFileDamaged."""
+        head, *lines = (statefile.read(self._log) or b"").split(b"\n")
+        if not mark or head.decode(errors="replace") != mark:
+            return []
+        found = []
+        try:
+            for line in lines[:-1]:  # the last one is empty, or was torn by a crash
+                prefix, number = line.decode().split()
+                found.append(
+                    (ip_network(prefix), None if number == "-" else NumericIdentity(int(number)))
+                )
+        except ValueError as error:
+            raise statefile.StateFileDamaged(self._log, str(error)) from error
+        if not all(is_local(number) for _, number in found if number is not None):
+            raise statefile.StateFileDamaged(self._log, "numbers are not local ones")
+        return found
+
+    @property
     def unsaved(self) -> bool:
-        return self._dirty
+        return bool(self._unsaved)
 
     def save(self) -> None:
-        """Write the numbers down; before any of the new ones is used. Blocking."""
-        if self._dirty:
-            statefile.write_json(
-                self._path,
-                {
-                    "prefixes": {str(prefix): n for prefix, n in self._numbers.items()},
-                    "next": self._next,
-                },
-            )
-            self._dirty = False
+        """Write the numbers down; before any of the new ones is used. Blocking.
+
+        A few are added to a log, so that one prefix more costs a line and not all that there are.
+        """
+        unsaved, self._unsaved = self._unsaved, {}
+        if not unsaved:
+            return
+        try:
+            if self._saved_as and self._logged + len(unsaved) <= max(256, len(self._numbers) // 4):
+                lines = [f"{prefix} {'-' if n is None else n}\n" for prefix, n in unsaved.items()]
+                head = [] if self._logged else [f"{self._saved_as}\n"]
+                statefile.append(self._log, "".join(head + lines).encode())
+                self._logged += len(unsaved)
+                return
+            self._saved_as, mark = "", secrets.token_hex(8)
+            content = {
+                "prefixes": {str(prefix): n for prefix, n in self._numbers.items()},
+                "next": self._next,
+                "mark": mark,
+            }
+            # On one line: indenting takes the slow encoder.
+            statefile.write(self._path, json.dumps(content).encode() + b"\n")
+            statefile.remove(self._log)
+            self._saved_as, self._logged = mark, 0
+        except DomainError:
+            self._saved_as = ""  # who knows what is in the log: all of it, the next time
+            self._unsaved = {**unsaved, **self._unsaved}
+            raise
+
+    def take_changed(self) -> set[Network]:
+        """The prefixes that got or lost a number since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     @property
     def numbers(self) -> Mapping[Network, NumericIdentity]:
@@ -237,21 +297,18 @@ class CidrIdentities:
             self._unused_since.pop(prefix, None)
             if prefix not in self._numbers:
                 new.append(prefix)
-        if new:
-            taken = set(self._numbers.values())
-            for prefix in sorted(new, key=str):
-                number = self._free(taken)
-                taken.add(number)
-                self._numbers[prefix] = number
-            self._dirty = True
-            self.version += 1
+        for prefix in new:
+            number = self._free()
+            self._taken.add(number)
+            self._numbers[prefix] = self._unsaved[prefix] = number
+        self._changed.update(new)
         return new
 
-    def _free(self, taken: set[NumericIdentity]) -> NumericIdentity:
+    def _free(self) -> NumericIdentity:
         for _ in range(MAX_LOCAL_ID - LOCAL_SCOPE):
             number = NumericIdentity(self._next)
             self._next = self._next + 1 if self._next < MAX_LOCAL_ID else LOCAL_SCOPE + 1
-            if number not in taken:
+            if number not in self._taken:
                 return number
         raise LocalIdentitiesExhausted
 
@@ -260,8 +317,7 @@ class CidrIdentities:
 
         That is so when the file of numbers was lost, but not the kernel's maps.
         """
-        ours = set(self._numbers.values())
-        last = max((n for n in numbers if is_local(n) and n not in ours), default=0)
+        last = max((n for n in numbers if is_local(n) and n not in self._taken), default=0)
         if last >= self._next:
             self._next = last + 1 if last < MAX_LOCAL_ID else LOCAL_SCOPE + 1
 
@@ -273,7 +329,7 @@ class CidrIdentities:
         for prefix in due:
             del self._unused_since[prefix]
             gone[prefix] = self._numbers.pop(prefix)
-        if gone:
-            self._dirty = True
-            self.version += 1
+            self._unsaved[prefix] = None
+        self._taken.difference_update(gone.values())
+        self._changed.update(gone)
         return gone

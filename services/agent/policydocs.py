@@ -181,22 +181,25 @@ class PolicyDocuments:
         waited = self._confirmation.waiting
         if trial:
             self._confirmation.begin(entries)
-        try:
-            revision, outcomes = await self._client.apply_policies(entries, dry_run=dry_run)
-        except DomainError as error:
-            if trial and error.kind is not Kind.UNAVAILABLE:  # else it may be stored all the same
-                self._confirmation.cancel(waited)
-            raise
-        realised = False
-        if wait and not dry_run:
-            wanted = {entry.name: entry for entry in entries}
-            await self._wait(
-                lambda: all(self._view.policies.get(name) == e for name, e in wanted.items()),
-                concerned=concerned,
-                failed_before=failed_before,
-                told=_APPLIED,
-            )
-            realised = True
+        with self._regeneration.expecting(documents):
+            try:
+                revision, outcomes = await self._client.apply_policies(entries, dry_run=dry_run)
+            except DomainError as error:
+                if (
+                    trial and error.kind is not Kind.UNAVAILABLE
+                ):  # else it may be stored all the same
+                    self._confirmation.cancel(waited)
+                raise
+            realised = False
+            if wait and not dry_run:
+                wanted = {entry.name: entry for entry in entries}
+                await self._wait(
+                    lambda: all(self._view.policies.get(name) == e for name, e in wanted.items()),
+                    concerned=concerned,
+                    failed_before=failed_before,
+                    told=_APPLIED,
+                )
+                realised = True
         within_s = CONFIRM_S if trial else 0
         return Applied(revision, outcomes, tuple(warnings), realised, within_s)
 

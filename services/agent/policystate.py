@@ -92,26 +92,25 @@ class PolicyStateFile:
         self.damaged.append(f"{path} is damaged ({error}); it was kept as {kept}")
 
     def save_policies(self, entries: list[PolicyEntry], *, revision: int, store_id: int) -> None:
-        statefile.write_json(
-            self.policies_path,
-            {
-                "version": _VERSION,
-                "revision": revision,
-                "store_id": store_id,
-                "policies": [
-                    {
-                        "kind": entry.name.kind,
-                        "namespace": entry.name.namespace,
-                        "name": entry.name.name,
-                        "revision": entry.revision,
-                        "origin": entry.origin,
-                        "rule_origins": entry.rule_origins,
-                        "document": base64.b64encode(entry.document).decode(),
-                    }
-                    for entry in sorted(entries, key=lambda entry: entry.name)
-                ],
-            },
-        )
+        content = {
+            "version": _VERSION,
+            "revision": revision,
+            "store_id": store_id,
+            "policies": [
+                {
+                    "kind": entry.name.kind,
+                    "namespace": entry.name.namespace,
+                    "name": entry.name.name,
+                    "revision": entry.revision,
+                    "origin": entry.origin,
+                    "rule_origins": entry.rule_origins,
+                    "document": base64.b64encode(entry.document).decode(),
+                }
+                for entry in sorted(entries, key=lambda entry: entry.name)
+            ],
+        }
+        # On one line, as below.
+        statefile.write(self.policies_path, json.dumps(content).encode() + b"\n")
 
     def save_identities(self, entries: dict[NumericIdentity, Labels]) -> None:
         content = {

@@ -21,9 +21,10 @@ table, or how a policy or a kernel row of theirs stands. It costs what changed, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
@@ -40,7 +41,7 @@ from cilia.table import ReadTable, Table
 from cilia.telemetry import fields
 from services.agent import metrics
 from services.agent.calculation import Calculation
-from services.agent.clusterwatch import Changes, ClusterView, PolicyName
+from services.agent.clusterwatch import Changes, ClusterView, PolicyEntry, PolicyName
 from services.agent.datapath import Datapath
 from services.agent.endpoint import (
     CLOSING,
@@ -124,6 +125,7 @@ class Regeneration:
         self._node_due = True  # rules have changed since it was asked
         self._settle_proxies = settle_proxies  # the digests whose port is another now
         self.pending = Pending()
+        self._read: dict[PolicyName, Document] = {}  # what was stored from here, until it is told
         self._policies: Table[SubjectKey, PolicyMapRow] = Table(
             "policymap", key=lambda row: row.subject
         )
@@ -256,6 +258,18 @@ class Regeneration:
             return True
         row = self._ipcache.get(ip_network(prefix))
         return row is not None and row.source == "cluster"
+
+    @contextlib.contextmanager
+    def expecting(self, documents: Mapping[PolicyName, Document]) -> Iterator[None]:
+        """These were read here: while it lasts, what the cluster tells of them is not read again
+        if it is what was stored."""
+        self._read.update(documents)
+        try:
+            yield
+        finally:
+            for name, document in documents.items():
+                if self._read.get(name) is document:
+                    del self._read[name]
 
     def force(self, subject: SubjectKey) -> None:
         """Resolve and write this subject again although nothing says that it changed."""
@@ -462,7 +476,9 @@ class Regeneration:
                 self._document_errors.pop(name, None)
                 continue
             try:
-                puts[name] = entry.parse()
+                document = self._read.get(name)
+                known = document is not None and PolicyEntry.of(document) == entry
+                puts[name] = document if document is not None and known else entry.parse()
                 self._document_errors.pop(name, None)
             except DocumentError as error:
                 # Stored by a newer version, most likely. What is not understood must not vanish
@@ -600,12 +616,11 @@ class Regeneration:
 
     async def _flush_ipcache(self, *, prune: bool) -> None:
         endpoints = {e.id: e for e in self._endpoints if e.state not in CLOSING}
-        others = (
-            self._ips_version,
-            self.calculation.cidrs.version,
-            self.calculation.host_addresses,
-        )
-        if others != self._ipcache_others or not self._put_endpoints(endpoints):
+        prefixes = self.calculation.cidrs.take_changed()
+        others = (self._ips_version, self.calculation.host_addresses)
+        if others == self._ipcache_others and self._put_endpoints(endpoints):
+            self._put_prefixes(prefixes)
+        else:
             wanted = self.calculation.ipcache(
                 node=self._node, endpoints=endpoints.values(), cluster=self._view.ips
             )
@@ -614,6 +629,22 @@ class Regeneration:
         if prune:
             self._ipcache.mark_synced()
         await self.ipcache.flush()
+
+    def _put_prefixes(self, prefixes: Iterable[Network]) -> None:
+        """Change the rows of prefixes that got or lost a number. The table is current but for
+        these, so a row of another source is one of higher rank and stays."""
+        numbers = self.calculation.cidrs.numbers
+        puts = []
+        for prefix in prefixes:
+            present = self._ipcache.get(prefix)
+            if present is not None and present.source != "cidr":
+                continue
+            number = numbers.get(prefix)
+            if number is not None:
+                puts.append(IpcacheRow(prefix=prefix, identity=number, source="cidr"))
+            elif present is not None:
+                self._ipcache.delete(prefix)
+        self._ipcache.upsert_all(puts)
 
     def _put_endpoints(self, endpoints: Mapping[EndpointID, Endpoint]) -> bool:
         """Change the rows of those that changed, and those alone; False when another source speaks
