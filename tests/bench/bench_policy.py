@@ -34,6 +34,7 @@ from services.agent.endpoint import Endpoint
 from services.agent.identityalloc import CidrIdentities
 from services.agent.reconcilers.policymap import PolicyMaps
 from tests.bench.figure import figure, percentile
+from tests.bench.node import Node
 
 RULES = 10_000
 IDENTITIES = 10_000
@@ -157,10 +158,14 @@ def calculation(directory: Path) -> Calculation:
 def resident() -> int:
     """This process's memory, in bytes."""
     gc.collect()
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _resident_of("self")
+
+
+def _resident_of(pid: int | str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise OSError("no VmRSS in /proc/self/status")
+    raise OSError(f"no VmRSS in /proc/{pid}/status")
 
 
 def naive(documents: list[Document], subject: Labels, peer: Labels) -> list[tuple[Any, ...]]:
@@ -217,6 +222,10 @@ class Bench:
 
     def change(self, documents: list[Document]) -> None:
         self.calc.set_documents({name_of(x): x for x in documents})
+        self.write()
+
+    def take(self, documents: list[Document]) -> None:
+        self.calc.set_documents({}, [name_of(x) for x in documents])
         self.write()
 
 
@@ -306,16 +315,34 @@ def bench_policy() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def bench_policy_cidrs() -> list[dict[str, Any]]:
-    """A CIDRSet of 50,000 prefixes, one exception each, until it is in a policy map."""
+def _cidr_texts() -> list[str]:
+    """A CIDRSet of 50,000 prefixes, one exception each, as ten documents."""
     nets = [IPv4Network(((10 << 24) + (n << 8), 24)) for n in range(PREFIXES)]
     sets = [{"cidr": str(net), "except": [f"{net.network_address + 128}/26"]} for net in nets]
-    ruled = [
-        {"endpointSelector": {}, "egress": [{"toCIDRSet": sets[at : at + 5000]}]}
-        for at in range(0, PREFIXES, 5000)
+    return [
+        json.dumps(_rule_list(f"c{at}", sets[at : at + 5000])) for at in range(0, PREFIXES, 5000)
     ]
+
+
+def _rule_list(name: str, sets: list[dict[str, Any]]) -> dict[str, Any]:
+    rule = {"endpointSelector": {}, "egress": [{"toCIDRSet": sets}]}
+    return {"kind": "Rules", "metadata": {"name": name}, "rules": [rule]}
+
+
+MORE = _rule_list("more", [{"cidr": "172.16.0.0/24", "except": ["172.16.0.128/26"]}])
+
+
+def _parsed(texts: list[str]) -> list[Document]:
+    results = [parse_documents(text, source="bench.json") for text in texts]
+    assert not any(x.faults for x in results)
+    return [document for x in results for document in x.documents]
+
+
+def bench_policy_cidrs() -> list[dict[str, Any]]:
+    """A CIDRSet of 50,000 prefixes: parsed, calculated, in a policy map; one more, and one less."""
+    texts = _cidr_texts()
     started = time.perf_counter()
-    documents = [found for n, rule in enumerate(ruled) for found in rules(f"c{n}", rule)]
+    documents = _parsed(texts)
     parsing = time.perf_counter() - started
     before = resident()
     with tempfile.TemporaryDirectory() as directory, maps() as kernel:
@@ -328,22 +355,46 @@ def bench_policy_cidrs() -> list[dict[str, Any]]:
         entries = len(state)
         memory = (resident() - before) / 1e6
         numbers = bench.calc.cidrs.numbers
-        hole = numbers[IPv4Network(f"{nets[7].network_address + 128}/26")]
-        assert state.allows(numbers[nets[7]], True, 6, 80)
-        assert not state.allows(hole, True, 6, 80)
-        more = {"cidr": "172.16.0.0/24", "except": ["172.16.0.128/26"]}
-        again = timed(
-            bench.change,
-            rules("more", {"endpointSelector": {}, "egress": [{"toCIDRSet": [more]}]}),
-        )
+        net = IPv4Network("10.0.7.0/24")
+        assert state.allows(numbers[net], True, 6, 80)
+        assert not state.allows(numbers[IPv4Network("10.0.7.128/26")], True, 6, 80)
+        gc.freeze()  # as the agent does
+        (more,) = _parsed([json.dumps(MORE)])
+        changes: list[float] = []
+        for _ in range(CHANGES):
+            changes += [timed(bench.change, [more]), timed(bench.take, [more])]
+        gc.unfreeze()
     return [
         figure("policy_cidrs_parse", parsing, "s"),
         figure("policy_cidrs_enforced", enforced, "s"),
         figure("policy_cidrs_entries", entries, "rows"),
         figure("policy_cidrs_identities", len(numbers), "ids"),
         figure("policy_cidrs_memory", memory, "MB"),
-        figure("policy_cidrs_one_more", again * 1e3, "ms"),
-    ]
+        figure("policy_cidr50k_one_more", percentile(changes, 99) * 1e3, "ms",
+               goal=10, less_is_better=True),
+    ]  # fmt: skip
+
+
+def bench_policy_cidrs_node() -> list[dict[str, Any]]:
+    """The same at a running agent: from `policy apply` to enforced, stored and in every map."""
+    with Node("--bpf-policy-map-max", str(1 << 17)) as node:
+        node.add("one", node.namespace("one"), "app=one")
+        before = _resident_of(node.pid("agent"))
+        texts = _cidr_texts()
+        # In parts: so much is stored at once.
+        enforced = sum(timed(node.apply, *texts[at : at + 5]) for at in range(0, len(texts), 5))
+        memory = (_resident_of(node.pid("agent")) - before) / 1e6
+        changes = []
+        for _ in range(50):
+            changes.append(timed(node.apply, json.dumps(MORE)))
+            changes.append(timed(node.delete_policy, "Rules", "more"))
+    return [
+        figure("policy_cidrs_node_enforced", enforced, "s", goal=5, less_is_better=True),
+        figure("policy_cidrs_node_memory", memory, "MB"),
+        figure("policy_cidrs_node_one_more_p50", percentile(changes, 50) * 1e3, "ms"),
+        figure("policy_cidrs_node_one_more_p99", percentile(changes, 99) * 1e3, "ms",
+               goal=100, less_is_better=True),
+    ]  # fmt: skip
 
 
 def bench_policy_questions() -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from cilia.net.device import Network
 from cilia.net.netns import NetNS
 from protos.agent.v1 import agent_pb2, agent_pb2_grpc
 from protos.common.v1 import common_pb2
+from protos.identity.v1 import identity_pb2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PREFIX = "cilt-"
@@ -85,7 +86,8 @@ def _remove(directory: Path) -> None:
 class Node:
     """One node. Use as a context manager."""
 
-    def __init__(self, *, big_tcp: bool = False) -> None:
+    def __init__(self, *agent_arguments: str, big_tcp: bool = False) -> None:
+        self._agent_arguments = agent_arguments
         self.base = f"{PREFIX}{os.getpid()}-bench"
         self.netns = f"{self.base}-node"
         self.directory = Path("/run") / self.base
@@ -151,7 +153,7 @@ class Node:
         ]
         if service == "agent":
             arguments += ["--node-name", "bench", "--bpffs", self.directory / "bpf"]
-            arguments += ["--object-dir", ROOT / "build" / "bpf"]
+            arguments += ["--object-dir", ROOT / "build" / "bpf", *self._agent_arguments]
         with (self.directory / f"{service}.log").open("ab") as log:
             self._services[service] = subprocess.Popen(
                 inside(self.netns, sys.executable, "-m", f"services.{service}", *arguments),
@@ -216,12 +218,18 @@ class Node:
         request = agent_pb2.DeleteEndpointRequest(ref=ref)
         self.stub("EndpointService").Delete(request, timeout=CALL_S)
 
-    def apply(self, text: str) -> None:
-        """Applies a policy and waits until it is in force."""
-        document = agent_pb2.Document(source="bench.yaml", text=text.encode())
-        request = agent_pb2.ApplyRequest(documents=[document], wait=True)
+    def apply(self, *texts: str) -> None:
+        """Applies policies and waits until they are in force."""
+        documents = [agent_pb2.Document(source="bench.yaml", text=x.encode()) for x in texts]
+        request = agent_pb2.ApplyRequest(documents=documents, wait=True)
         reply = self.stub("PolicyService").Apply(request, timeout=CALL_S)
         assert reply.realised
+
+    def delete_policy(self, kind: str, name: str) -> None:
+        """Deletes a policy and waits until it is in force no more."""
+        names = [identity_pb2.PolicyName(kind=kind, name=name)]
+        request = agent_pb2.DeleteRequest(names=names, wait=True)
+        self.stub("PolicyService").Delete(request, timeout=CALL_S)
 
 
 def _stub(service: str, channel: grpc.Channel) -> Any:
