@@ -47,6 +47,7 @@ MAX_SUBSETS: Final = 6  # requirements of which all subsets are looked up
 MAX_CANDIDATES: Final = 32  # entries under one key that one entry is compared with
 MAX_COMPARED: Final = 1024  # peers of an entry that is compared at all
 MAX_NAMED: Final = 3  # endpoints named in a warning
+_EVERYONE: Final = (EndpointSelector(), EntitySelector("all"))
 _NO_PORTS: Final = (PortRule(),)
 
 
@@ -219,13 +220,22 @@ class _Lint:
     # ---- what covers what
 
     def shadows(self) -> None:
+        # Of what is in force only that which somebody here may look for: it may be much more.
+        wanted = {
+            key
+            for entry in self.entries
+            if entry.given and len(entry.element.peers or ()) <= MAX_COMPARED
+            for peer in entry.element.peers or ()
+            for key in _wider(peer)
+        } | {None}
         index: dict[tuple[object, ...], list[_Entry]] = {}
         for entry in self.entries:
             if not _covering(entry.element):
                 continue
+            place = (*_where(entry), frozenset(entry.rule.selector.requirements))
             for peer in _keys(entry.element.peers):
-                key = (*_where(entry), frozenset(entry.rule.selector.requirements), peer)
-                index.setdefault(key, []).append(entry)
+                if peer in wanted:
+                    index.setdefault((*place, peer), []).append(entry)
         required = {
             (x.rule.node, x.element.egress) for x in self.entries if x.element.requires is not None
         }
@@ -415,7 +425,7 @@ def _keys(peers: tuple[PeerSelector, ...] | None) -> Iterator[object]:
 
 
 def _everyone(peer: PeerSelector) -> bool:
-    return peer in (EndpointSelector(), EntitySelector("all"))
+    return not isinstance(peer, CidrSelector) and peer in _EVERYONE
 
 
 def _covering(element: Element) -> bool:

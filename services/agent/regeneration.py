@@ -63,6 +63,7 @@ from services.agent.rows import EndpointMapRow, InForceSlot, IpcacheRow, Network
 log = structlog.get_logger()
 
 _MANY_SUBJECTS = 32
+_MANY_PREFIXES = 1024
 NO_POLICY_SET = (
     "policy is not known: the identity service was not reached and no policy set was saved; "
     "packets are dropped until it is (start the identity service)"
@@ -139,6 +140,7 @@ class Regeneration:
         self._kept_revision: dict[EndpointID, int] = {}  # of endpoints whose policy is stale
         self._held: dict[SubjectKey, str] = {}  # by a document that nobody here understands
         self._epoch_due = False
+        self._many_came = False  # subjects or prefixes, since garbage was collected for them
         self._due: set[EndpointID] = set()  # changed since the last flush folded its inputs
         self._current: set[EndpointID] = set()  # to be looked at by the flush under way
         self._seen: tuple[int | None, int | None, int | None] = (None, None, None)  # _look's
@@ -354,6 +356,11 @@ class Regeneration:
             # Last: the kernel waits for a grace period, and nobody else needs to.
             await self._free_slots()
         calculation.release_prefixes(gone_prefixes)
+        if self._many_came:
+            # What was made now lasts: later collections need not walk all of it again and again.
+            self._many_came = False
+            gc.collect()
+            gc.freeze()
         self._ended = self._begun
         self._realised.set()
         self._realised = asyncio.Event()
@@ -545,10 +552,7 @@ class Regeneration:
             await asyncio.sleep(0)  # a large policy set must not hold the loop
         for key in touched - more:
             self._policies.upsert(calculation.newer_row(key))
-        if len(dirty) >= _MANY_SUBJECTS:
-            # What was made now lasts: later collections need not walk all of it again and again.
-            gc.collect()
-            gc.freeze()
+        self._many_came |= len(dirty) >= _MANY_SUBJECTS
 
     def _regenerate_wired(self) -> None:
         """Endpoints whose wire came up: their policy was made meanwhile, or is made now."""
@@ -618,6 +622,7 @@ class Regeneration:
         endpoints = {e.id: e for e in self._endpoints if e.state not in CLOSING}
         prefixes = self.calculation.cidrs.take_changed()
         others = (self._ips_version, self.calculation.host_addresses)
+        self._many_came |= len(prefixes) >= _MANY_PREFIXES
         if others == self._ipcache_others and self._put_endpoints(endpoints):
             self._put_prefixes(prefixes)
         else:

@@ -36,6 +36,21 @@ def _network(text: str, *, need_length: bool) -> Network:
     return network
 
 
+class Prefix4(IPv4Network):
+    """An IPv4 network that remembers its hash: as a key it is looked up a few dozen times before
+    it is in force."""
+
+    _own_hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._own_hash is None:
+            self._own_hash = super().__hash__()
+        return self._own_hash
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
 def _read(text: str, *, need_length: bool) -> tuple[Network, bool]:
     """The network, and whether it is written without bits beyond its length.
 
@@ -47,7 +62,7 @@ def _read(text: str, *, need_length: bool) -> tuple[Network, bool]:
         if max(a, b, c, d) <= 255 and length <= 32:
             address = a << 24 | b << 16 | c << 8 | d
             first = address >> (32 - length) << (32 - length)
-            return IPv4Network((first, length)), first == address
+            return Prefix4((first, length)), first == address
     network = _network(text, need_length=need_length)
     address_text, slash, _ = text.partition("/")
     exact = not slash or int(ip_address(address_text)) == int(network.network_address)
