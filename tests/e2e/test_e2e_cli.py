@@ -31,7 +31,7 @@ INGRESS_LINE = 6
 ENDPOINT_KEYS = {
     "id", "name", "namespace", "state", "message", "labels", "identity", "identity_labels",
     "ipv4", "ipv6", "mac", "host_interface", "interface", "netns", "policy", "options", "health",
-    "ports",
+    "ports", "visibility",
 }  # fmt: skip
 
 
