@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, assert_never
+from typing import Final, Literal, assert_never
 
 from cilia.bpf import libbpf, sys, uapi
 from cilia.bpf.descriptor import Descriptor
@@ -30,7 +30,14 @@ from cilia.bpf.map import pin_fd
 from cilia.bpf.program import Program
 from cilia.bpf.uapi import AttachType
 from cilia.net.errors import NetworkError
-from cilia.net.filters import PARENT, Filter, filters
+from cilia.net.filters import (
+    Filter,
+    delete_clsact,
+    delete_filter,
+    ensure_clsact,
+    filters,
+    put_filter,
+)
 from cilia.net.rtnl import RouteSocket
 
 Direction = Literal["ingress", "egress"]
@@ -41,8 +48,6 @@ FILTER_NAME: Final = "cilia-"
 _MARK: Final = "_clsact"
 
 _TCX: Final = {"ingress": AttachType.TCX_INGRESS, "egress": AttachType.TCX_EGRESS}
-_CLSACT: Final = 0xFFFF0000
-_ALL_PROTOCOLS: Final = 3  # ETH_P_ALL
 _NO_TCX: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP})
 
 
@@ -315,24 +320,17 @@ def _mark(pin: Path) -> Path:
 
 
 @contextmanager
-def _netlink(operation: str, subject: str) -> Iterator[Any]:
-    # Imported here: it costs memory and time that a node with tcx need not spend.
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-
+def _netlink(operation: str, subject: str) -> Iterator[RouteSocket]:
     try:
-        with IPRoute() as ipr:
-            yield ipr
-    except NetlinkError as error:
-        raise BpfError(error.code, operation, subject) from error
+        with RouteSocket() as socket:
+            yield socket
+    except NetworkError as error:
+        raise BpfError(error.errno, operation, subject) from error
 
 
 def _filters(ifindex: int, direction: Direction) -> list[Attachment]:
-    try:
-        with RouteSocket() as socket:
-            found = filters(socket, ifindex, direction)
-    except NetworkError as error:
-        raise BpfError(error.errno, "list filters of", f"device {ifindex}") from error
+    with _netlink("list filters of", f"device {ifindex}") as socket:
+        found = filters(socket, ifindex, direction)
     return [
         Attachment(
             ifindex=ifindex,
@@ -363,54 +361,35 @@ def filter_is_there(
     )
 
 
-def _is_clsact(qdisc: Any) -> bool:
-    return bool(qdisc.get_attr("TCA_KIND") == "clsact")
-
-
 def _set_filter(ifindex: int, direction: Direction, prog: Program, pin: Path | None) -> None:
     subject = f"{prog.name} to device {ifindex} {direction}"
     if pin is not None:
         pin_fd(prog.fd, _mark(pin), f"program {prog.name}")
-    with _netlink("attach by clsact", subject) as ipr:
-        if not any(_is_clsact(q) for q in ipr.get_qdiscs(index=ifindex)):
-            ipr.tc("add", "clsact", ifindex)
-        there = _filters(ifindex, direction)
-        ours = [a.prio for a in there if a.ours]
-        taken = {a.prio for a in there}
-        prio = ours[0] if ours else next(n for n in range(1, 65536) if n not in taken)
-        ipr.tc(
-            "replace-filter",
-            "bpf",
+    with _netlink("attach by clsact", subject) as socket:
+        ensure_clsact(socket, ifindex)
+        there = filters(socket, ifindex, direction)
+        ours = [x.prio for x in there if _is_ours(x)]
+        taken = {x.prio for x in there}
+        put_filter(
+            socket,
             ifindex,
+            direction,
             handle=FILTER_HANDLE,
-            fd=prog.fd,
+            prio=ours[0] if ours else next(n for n in range(1, 65536) if n not in taken),
+            program_fd=prog.fd,
             name=FILTER_NAME + prog.name,
-            parent=PARENT[direction],
-            direct_action=True,
-            prio=prio,
-            protocol=_ALL_PROTOCOLS,
         )
 
 
 def _drop_filter(ifindex: int, direction: Direction) -> None:
     """Remove our filter, and the qdisc when nobody has a filter left in it."""
     try:
-        with _netlink("detach from", f"device {ifindex} {direction}") as ipr:
-            for found in _filters(ifindex, direction):
-                if found.ours:
-                    ipr.tc(
-                        "del-filter",
-                        "bpf",
-                        ifindex,
-                        handle=found.handle,
-                        parent=PARENT[direction],
-                        prio=found.prio,
-                        protocol=_ALL_PROTOCOLS,
-                    )
-            if any(_is_clsact(q) for q in ipr.get_qdiscs(index=ifindex)) and not (
-                _filters(ifindex, "ingress") or _filters(ifindex, "egress")
-            ):
-                ipr.tc("del", "clsact", ifindex)
+        with _netlink("detach from", f"device {ifindex} {direction}") as socket:
+            for found in filters(socket, ifindex, direction):
+                if _is_ours(found):
+                    delete_filter(socket, ifindex, direction, handle=found.handle, prio=found.prio)
+            if not (filters(socket, ifindex, "ingress") or filters(socket, ifindex, "egress")):
+                delete_clsact(socket, ifindex)
     except BpfError as error:
         if error.errno not in (errno.ENODEV, errno.ENOENT):
             raise

@@ -43,7 +43,10 @@ GET_NEIGHBOUR: Final = 30
 NEW_RULE: Final = 32
 DELETE_RULE: Final = 33
 GET_RULE: Final = 34
+NEW_QDISC: Final = 36
+DELETE_QDISC: Final = 37
 NEW_FILTER: Final = 44
+DELETE_FILTER: Final = 45
 GET_FILTER: Final = 46
 
 IFLA_GSO_IPV4_MAX_SIZE: Final = 63
@@ -319,6 +322,7 @@ def _classes() -> dict[int, Any]:
         NEW_ROUTE: rtmsg,
         NEW_NEIGHBOUR: ndmsg,
         NEW_RULE: fibmsg,
+        NEW_QDISC: tcmsg,
         NEW_FILTER: tcmsg,
     }
 
