@@ -225,6 +225,11 @@ def _attach_tcx(
     return link
 
 
+def filter_is_marked(pin: Path) -> bool:
+    """Whether what `attach_tc` put under this pin last is a filter."""
+    return _mark(pin).exists() and not pin.exists()
+
+
 def _live_link(pin: Path | None, ifindex: int, direction: Direction) -> Link | None:
     """The pinned link, if it is still on this device: one whose device went reports index 0."""
     if pin is None or not pin.exists():
@@ -354,10 +359,8 @@ def filter_is_there(
     socket: RouteSocket, ifindex: int, direction: Direction, prog: Program, pin: Path
 ) -> bool:
     """Whether `attach_tc` by clsact would change nothing. Costs one dump; raises NetworkError."""
-    return (
-        _mark(pin).exists()
-        and not pin.exists()
-        and any(_is_ours(x) and x.prog_id == prog.id for x in filters(socket, ifindex, direction))
+    return filter_is_marked(pin) and any(
+        _is_ours(x) and x.prog_id == prog.id for x in filters(socket, ifindex, direction)
     )
 
 

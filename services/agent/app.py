@@ -259,6 +259,7 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         attach=attach_reconciler,
         links=links,
         link=link_reconciler,
+        quick=config.attach == "auto" and attach_mode == "tcx",
     )
 
     firewall = Firewall(lambda: [device.name for device in host.devices])
@@ -400,6 +401,8 @@ async def build(config: AgentConfig, lifecycle: Lifecycle) -> None:
         Controller("host-firewall", look_at_firewall, min_interval_s=5.0, resync_s=60.0),
         Controller("host-devices", refresh_host, min_interval_s=0.2, resync_s=every),
         Controller("wires", keep_wires, resync_s=every),
+        # One at a time and not at once: it holds the kernel's lock that adding endpoints needs.
+        Controller("program-links", wiring.fasten, min_interval_s=0.5, resync_s=0.5),
         Controller("vanished-endpoints", lives.end_vanished, resync_s=every),
         Controller("address-quarantine", lives.release_quarantine, resync_s=every),
         Controller("conntrack-gc", conntrack.collect, resync_s=config.conntrack_gc_interval_s),

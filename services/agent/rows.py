@@ -155,13 +155,15 @@ class AttachRow:
     ifindex: int
     direction: Literal["ingress", "egress"]
     program: str
+    quick: bool = False  # by a filter, whatever the mode: nothing is waited for
 
     @staticmethod
     def table_header() -> tuple[str, ...]:
-        return ("HOOK", "INTERFACE", "IFINDEX", "DIRECTION", "PROGRAM")
+        return ("HOOK", "INTERFACE", "IFINDEX", "DIRECTION", "PROGRAM", "BY")
 
     def table_row(self) -> tuple[str, ...]:
-        return (self.hook, self.interface, str(self.ifindex), self.direction, self.program)
+        by = "filter" if self.quick else "mode"
+        return (self.hook, self.interface, str(self.ifindex), self.direction, self.program, by)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

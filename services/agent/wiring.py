@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cilia.bpf.attach import filter_is_marked
 from cilia.errors import DomainError, Kind
 from cilia.identity import EndpointID
 from cilia.net.netns import NetNS
@@ -45,13 +46,16 @@ class Wiring:
         attach: AttachReconciler,
         links: Table[EndpointID, LinkRow],
         link: LinkReconciler,
+        quick: bool = False,
     ) -> None:
+        """`quick`: programs come by filters first, and `fasten` makes links of them."""
         self._datapath = datapath
         self._host = host
         self._attachments = attachments
         self._attach = attach
         self._links = links
         self._link = link
+        self._quick = quick
 
     @property
     def links(self) -> ReadTable[EndpointID, LinkRow]:
@@ -87,7 +91,7 @@ class Wiring:
         await self.attach(endpoint, made.ifindex)
         return made
 
-    def hooks(self, endpoint: Endpoint, ifindex: int) -> list[AttachRow]:
+    def hooks(self, endpoint: Endpoint, ifindex: int, *, quick: bool = False) -> list[AttachRow]:
         name = endpoint.host_interface
         return [
             AttachRow(
@@ -96,6 +100,7 @@ class Wiring:
                 ifindex=ifindex,
                 direction="ingress",
                 program="from_endpoint",
+                quick=quick,
             ),
             AttachRow(
                 hook=f"{name}_egress",
@@ -103,12 +108,13 @@ class Wiring:
                 ifindex=ifindex,
                 direction="egress",
                 program="to_endpoint",
+                quick=quick,
             ),
         ]
 
     async def attach(self, endpoint: Endpoint, ifindex: int) -> None:
         """Programs on both hooks. Raises WiringFailed."""
-        rows = self.hooks(endpoint, ifindex)
+        rows = self.hooks(endpoint, ifindex, quick=self._quick)
         self._attachments.upsert_all(rows)
         await self._attach.flush()
         errors = self._attach.errors
@@ -145,8 +151,20 @@ class Wiring:
 
     def adopt(self, endpoint: Endpoint) -> None:
         """A restored endpoint's wire and programs, to be made sure of at the next flush."""
-        self._attachments.upsert_all(self.hooks(endpoint, endpoint.ifindex))
+        rows = self.hooks(endpoint, endpoint.ifindex)
+        if self._quick:  # what an earlier run put there by filters stays so for now
+            there = self._datapath.links_dir
+            rows = [replace(row, quick=filter_is_marked(there / row.hook)) for row in rows]
+        self._attachments.upsert_all(rows)
         self._links.upsert(self.link_row(endpoint))
+
+    async def fasten(self) -> None:
+        """Links in place of one endpoint's filters, if any has them still."""
+        name = next((row.interface for row in self._attachments if row.quick), "")
+        rows = [row for row in self._attachments if row.quick and row.interface == name]
+        if rows:
+            self._attachments.upsert_all(replace(row, quick=False) for row in rows)
+            await self._attach.flush()
 
     async def remove(self, endpoint: Endpoint) -> None:
         """Nothing is left of the pair and its programs. Idempotent."""

@@ -358,6 +358,39 @@ def test_filters_instead_of_links_and_the_change_from_one_to_the_other(node: Age
         assert not node.ping("stranger", server.ipv6)
 
 
+def test_filters_of_a_new_endpoint_become_links(node: AgentNode, need_tcx: None) -> None:
+    """Filters need no grace period, links are nobody else's to take off. Killed in between, too."""
+    start_all(node)
+    node.apply(ALLOW_FRIEND)
+    first = []
+    for name in ("friend", "stranger", "server"):
+        endpoint = node.workload(name, f"app={name}")
+        first.append(attached(node, endpoint.host_interface))
+    server = node.get("server")
+    # A link may be quicker than this test, but not three of them.
+    assert {
+        ("ingress", "clsact", "cilia-from_endpoint"),
+        ("egress", "clsact", "cilia-to_endpoint"),
+    } in first
+    with node.stream("friend", "server", server.ipv4) as stream, Traffic(stream) as traffic:
+        traffic.goes_on()
+        node.stop("agent", signal.SIGKILL)
+        traffic.goes_on()
+        node.start("agent")
+        ready(node, "server", "friend", "stranger")
+        traffic.goes_on()
+        links = {("ingress", "tcx", "from_endpoint"), ("egress", "tcx", "to_endpoint")}
+        devices = [node.get(name).host_interface for name in ("server", "friend", "stranger")]
+        eventually(
+            lambda: all(attached(node, device) == links for device in devices),
+            within_s=15,
+            what="all have links",
+        )
+        traffic.goes_on()
+        assert node.ping("friend", server.ipv6)
+        assert not node.ping("stranger", server.ipv6)
+
+
 @pytest.mark.parametrize("mode", ["tcx", "clsact"])
 def test_programs_that_somebody_takes_off_are_put_back(
     node: AgentNode, need_tcx: None, mode: str

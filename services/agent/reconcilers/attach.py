@@ -1,5 +1,9 @@
 """Programs on their hooks. A pinned link, or a filter, outlives this process; attaching again
-replaces the program in place, without a packet passing by neither."""
+replaces the program in place, without a packet passing by neither.
+
+To put a link where none was takes a grace period of the kernel, in which it holds the lock of all
+network configuration; a filter takes none. So a new endpoint's programs are filters first (`quick`
+rows), and links when its owner asks for that: the link is there before the filter goes."""
 
 from __future__ import annotations
 
@@ -44,11 +48,10 @@ class AttachReconciler(Reconciler[str, AttachRow]):
         program = self._datapath.program(row.program)
         pin = self._datapath.links_dir / row.hook
         # A link is given its program once more by one call; a filter, by a dozen messages.
-        if self._mode == "clsact" and filter_is_there(
-            socket, row.ifindex, row.direction, program, pin
-        ):
+        mode = "clsact" if row.quick else self._mode
+        if mode == "clsact" and filter_is_there(socket, row.ifindex, row.direction, program, pin):
             return
-        attach_tc(row.ifindex, row.direction, program, mode=self._mode, pin=pin).close()
+        attach_tc(row.ifindex, row.direction, program, mode=mode, pin=pin).close()
 
     async def delete(self, row: AttachRow) -> None:
         await self._datapath.run(self._detach, row)
