@@ -2,16 +2,20 @@
 
 Adding, with no moment at which a packet could pass unjudged:
 
-    validate -> reserve id and addresses -> record `creating`
-      -> interface made and moved, still down -> programs attached (no open row: they drop)
-        -> closed row -> addresses, routes, neighbours; up
-          -> open row -> record `ready`
+    validate -> reserve id and addresses
+      -> record `creating`
+        -> interface made and moved, still down -> programs attached (no open row: they drop)
+          -> closed row -> addresses, routes, neighbours; up
+            -> open row -> record `ready`
 
 and beside all of that, needing none of it until the row is opened:
 
-    identity -> policy in its slot -> ipcache -> announced
+    identity -> policy in its slot -> ipcache
+             -> announced
 
-Both wait for the kernel's grace periods most of the time, and so they wait together.
+What a kill leaves of the latter goes without a record: slots and prefixes that nobody has are
+pruned, announcements have a lease. Both wait for the kernel, the disk and the identity service most
+of the time, and so they wait together.
 A step that fails undoes all that came before it. Deleting is closing first, and giving the
 addresses back last, when no connection of theirs is left:
 
@@ -198,7 +202,7 @@ class EndpointLives:
         check_port_names(request.ports)
         inode = await self._wiring.check_netns(request.netns)
         async with AsyncExitStack() as undo:
-            endpoint = await self._prepare(request, inode, undo)
+            endpoint = self._prepare(request, inode, undo)
             await _both(self._wire(endpoint.id, undo), self._start_identity(endpoint.id, undo))
             if request.wait:
                 await self._wait_open(endpoint.id)
@@ -222,7 +226,7 @@ class EndpointLives:
         )
         return self._endpoints.get(endpoint.id)
 
-    async def _prepare(self, request: AddRequest, inode: int, undo: AsyncExitStack) -> Endpoint:
+    def _prepare(self, request: AddRequest, inode: int, undo: AsyncExitStack) -> Endpoint:
         number = self._endpoints.free_id()
         endpoint = Endpoint(
             id=number,
@@ -245,13 +249,12 @@ class EndpointLives:
             endpoint.qualified_name, ipv4=request.ipv4, ipv6=request.ipv6
         )
         undo.push_async_callback(self._free_addresses, (ipv4, ipv6))
-        endpoint = self._endpoints.update(number, ipv4=ipv4, ipv6=ipv6)
-        await self._datapath.run(self._records.save, endpoint, creating=True)
-        undo.push_async_callback(self._datapath.run, self._records.remove, number)
-        return endpoint
+        return self._endpoints.update(number, ipv4=ipv4, ipv6=ipv6)
 
     async def _wire(self, number: EndpointID, undo: AsyncExitStack) -> None:
         endpoint = self._endpoints.get(number)
+        undo.push_async_callback(self._datapath.run, self._records.remove, number)
+        await self._datapath.run(self._records.save, endpoint, creating=True)
         undo.push_async_callback(self._wiring.remove, endpoint)
         made = await self._wiring.create(endpoint)
         endpoint = self._endpoints.update(
@@ -279,6 +282,10 @@ class EndpointLives:
         except IdentityUnavailable as error:
             self._endpoints.fail(number, f"waiting for an identity: {describe(error)}")
             self.retry_identity(number)
+        else:
+            if undo is not None:
+                # Others may send already: until the row is opened it is dropped here.
+                await self._push_announcements()
 
     def retry_identity(self, number: EndpointID) -> None:
         """Try again until the identity service answers."""

@@ -1,8 +1,8 @@
 """Endpoint records: one file an endpoint in the state directory, written atomically.
 
-A record is written before anything of its endpoint exists in the kernel, marked `creating`, and
-again, `ready`, before its creation is acknowledged. A `creating` record found at start belongs to
-an endpoint nobody was told about: what there is of it is removed.
+A record is written before an interface of its endpoint exists, marked `creating`, and again,
+`ready`, before its creation is acknowledged. A `creating` record found at start belongs to an
+endpoint nobody was told about: what there is of it is removed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from cilia.identity import EndpointID, NumericIdentity
 from services.agent.clients import IdentityClient, IdentityUnavailable, SessionState
 from services.agent.clusterwatch import Changes, ClusterView, IpEntry
-from services.agent.endpoint import Endpoint, EndpointState
+from services.agent.endpoint import CLOSING, Endpoint
 from services.agent.endpointtable import Endpoints
 from services.agent.ipam import host_prefix
 
@@ -140,17 +140,17 @@ class Announcer:
                     del self._wanted[prefix]
                 self._due.add(prefix)
         for number, endpoint in changed.items():
-            if (
-                endpoint is None
-                or endpoint.realised_identity is None
-                or endpoint.state in (EndpointState.DISCONNECTING, EndpointState.DISCONNECTED)
-            ):
+            if endpoint is None or endpoint.state in CLOSING:
+                continue
+            # One that drops everything still is announced with the identity it is going to have.
+            identity = endpoint.realised_identity or endpoint.identity
+            if identity is None:
                 continue
             prefixes = tuple(host_prefix(address) for address in endpoint.addresses)
             self._prefixes[number] = prefixes
             self._due.update(prefixes)
             for prefix in prefixes:
-                self._wanted[prefix] = (endpoint.realised_identity, endpoint)
+                self._wanted[prefix] = (identity, endpoint)
 
     async def try_push(self) -> bool:
         """As push, but the service's absence, or slowness, is no reason to hold a flush."""
