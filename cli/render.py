@@ -17,6 +17,7 @@ from rich.text import Text
 from cli.settings import Settings
 
 WIDE = 100_000  # columns, off a terminal: rich must not wrap what a program may read
+FOLDED = 32  # columns: what is longer may be folded on a terminal
 
 STYLES = {
     "ok": "green",
@@ -66,20 +67,31 @@ def styled(value: object) -> Text:
 
 
 def table(settings: Settings, header: Sequence[str], rows: Iterable[Sequence[object]]) -> int:
-    """Print an aligned table with three blanks between columns. Returns the number of rows."""
-    out = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for name in header:
-        out.add_column(name, no_wrap=not sys.stdout.isatty(), overflow="fold")
-    count = 0
-    for row in rows:
-        out.add_row(*(styled(cell) for cell in row))
-        count += 1
+    """Print an aligned table with three blanks between columns. Returns the number of rows.
+
+    On a terminal long cells are folded into their column, if then all fits; words are not cut into
+    letters for it: else rows are whole, and the terminal wraps them.
+    """
+    cells = [[styled(cell) for cell in row] for row in rows]
+    widths = [len(name) for name in header]
+    for row in cells:
+        for index, cell in enumerate(row):
+            widths[index] = max(widths[index], *map(len, cell.plain.split("\n")))
     screen = console(settings)
+    needed = sum(min(width, FOLDED) for width in widths) + 3 * (len(widths) - 1)
+    fold = sys.stdout.isatty() and needed <= screen.width
+    if not fold:
+        screen.width = WIDE
+    out = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for name, width in zip(header, widths, strict=True):
+        out.add_column(name, no_wrap=not fold or width <= FOLDED, overflow="fold")
+    for row in cells:
+        out.add_row(*row)
     with screen.capture() as captured:
         screen.print(out)
     # rich pads the last column; blanks at line ends are nobody's.
     sys.stdout.write("\n".join(row.rstrip() for row in captured.get().splitlines()) + "\n")
-    return count
+    return len(cells)
 
 
 def fields(settings: Settings, rows: Iterable[tuple[str, object]], *, indent: int = 0) -> None:

@@ -588,6 +588,25 @@ def test_tables_off_a_terminal_are_whole_and_plain(capsys: pytest.CaptureFixture
     assert lines == ["A        B", f"1        {long}", "denied   [b]not markup[/b]"]
 
 
+@pytest.mark.parametrize("columns", [40, 100, 300])
+def test_tables_on_a_terminal_cut_no_word_into_letters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    from cli import render
+    from cli.settings import Settings
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    rows = [[f"default/deathstar-{n}", "10.217.0.2", "ready", "because of " * 20] for n in (1, 2)]
+    render.table(Settings("a", "b", color=False), ["NAME", "IPv4", "STATE", "WHY"], rows)
+    lines = capsys.readouterr().out.splitlines()
+    for n in (1, 2):
+        (row,) = [x for x in lines if f"default/deathstar-{n}   10.217.0.2   ready   be" in x]
+        # The long cell is folded where that makes rows fit, and nowhere else.
+        assert (len(row) <= columns) == (columns != 40)
+    assert (len(lines) == 3) == (columns != 100)
+
+
 def test_completion_offers_nouns_and_verbs_and_never_complains(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
