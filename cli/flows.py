@@ -150,6 +150,8 @@ def observe(
 
     try:
         run(settings, given, work)
+        if not printer.flows and not follow and output not in ("json", "jsonpb"):
+            render.warn("No flow that is kept matches.")
     except KeyboardInterrupt:
         pass
     finally:
@@ -165,7 +167,7 @@ class _Printer:
         self._time_format = time_format
         self._node = node
         self._rows: list[Sequence[str]] = []
-        self._blocks = 0
+        self.flows = 0
 
     def show(self, response: observer_pb2.GetFlowsResponse) -> None:
         if self._output in ("json", "jsonpb"):
@@ -189,8 +191,7 @@ class _Printer:
         if self._output == "table":
             self._rows.append(flows_show.columns(response, self._time_format))
         elif self._output == "dict":
-            separator = "------------\n" if self._blocks else ""
-            self._blocks += 1
+            separator = "------------\n" if self.flows else ""
             render.line(
                 self._settings, separator + flows_show.dictionary(response, self._time_format)
             )
@@ -199,6 +200,7 @@ class _Printer:
                 self._settings,
                 *flows_show.compact(response, self._time_format, node=self._node),
             )
+        self.flows += 1
         sys.stdout.flush()
 
     def end(self) -> None:

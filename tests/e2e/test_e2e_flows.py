@@ -278,6 +278,10 @@ def test_a_relay_over_two_services(fleet: Lab, tmp_path: Path) -> None:
 
 
 def test_mistakes(fleet: Lab) -> None:
+    nothing = fleet.cilia.run("flows", "observe", "--pod", "lab/nobody")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert nothing.stderr == "No flow that is kept matches.\n"
+    assert fleet.cilia.run("flows", "observe", "--last", "1").stderr == ""
     wrong = fleet.cilia.run("flows", "observe", "--http-path", "(")
     assert wrong.returncode == 4
     assert "http_path" in wrong.stderr
