@@ -190,7 +190,7 @@ class AgentNode:
                 return True
             return False
 
-        eventually(listening, within_s=15, what=f"{name} serves: {self.log(name)[-2000:]}")
+        eventually(listening, within_s=30, what=f"{name} serves: {self.log(name)[-2000:]}")
         if name == "agent":
             if self._channel is not None:
                 self._channel.close()
