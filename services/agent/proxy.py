@@ -157,8 +157,10 @@ class Proxy:
 
         Returns the digests of sets whose port is another than the rows have.
         """
-        now = _in_force(self._slots(), rows := list(rows))
-        rows = [row for row in rows if row.state.l7]
+        everyone = list(rows)
+        rows = [row for row in everyone if row.state.l7]
+        # Looked at only where something may be opened or changed.
+        now = _in_force(self._slots(), everyone) if rows else InForce()
         used = {row.subject: frozenset(row.state.l7) for row in rows}
         told = self.redirects.want(used, meeting_pairs(_subject_rows(rows)), now)
         await self._save()
