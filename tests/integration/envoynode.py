@@ -301,7 +301,7 @@ class EnvoyNode(Wire):
         os.kill(self.supervisor.state.pid, signal.SIGKILL)
 
     async def logged(
-        self, count: int, *, kind: int | None = None, within_s: float = 5
+        self, count: int, *, kind: int | None = None, within_s: float = 30
     ) -> list[pb.L7Record]:
         """The records, once there are so many of the kind."""
 
@@ -401,7 +401,7 @@ def run(*words: str, stdin: str | None = None) -> None:
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr or done.stdout}"
 
 
-async def until(check: Callable[[], object], what: str, *, within_s: float = 15) -> None:
+async def until(check: Callable[[], object], what: str, *, within_s: float = 30) -> None:
     """Polls what has no event to wait for."""
     deadline = time.monotonic() + within_s
     while not check():

@@ -43,14 +43,14 @@ def call(address: str) -> dict[str, Any]:
         for method in ("Say", "Erase"):
             try:
                 answer = channel.unary_unary(f"/demo.Echo/{method}", None, None)(
-                    b"hello", timeout=5
+                    b"hello", timeout=20
                 )
                 found[method] = answer.decode()
             except grpc.RpcError as error:
                 found[method] = [error.code().value[0], error.details()]
         try:
             chat = channel.stream_stream("/demo.Echo/Chat", None, None)
-            found["Chat"] = [x.decode() for x in chat(iter([b"ab", b"cd"]), timeout=5)]
+            found["Chat"] = [x.decode() for x in chat(iter([b"ab", b"cd"]), timeout=20)]
         except grpc.RpcError as error:
             found["Chat"] = [error.code().value[0], error.details()]
     return found

@@ -149,11 +149,11 @@ def test_names_that_cannot_be(node: AgentNode) -> None:
 
 def test_unknown_endpoint_option_and_label(node: AgentNode) -> None:
     ref = pb.EndpointRef(name="nobody")
-    assert refused(lambda: node.endpoints.Get(ref, timeout=5))[0] is NOT_FOUND
+    assert refused(lambda: node.endpoints.Get(ref, timeout=20))[0] is NOT_FOUND
     first = pb.EndpointRef(name="first")
     code, message = refused(
         lambda: node.endpoints.SetConfig(
-            pb.SetConfigRequest(ref=first, options={"Debug": "on"}), timeout=5
+            pb.SetConfigRequest(ref=first, options={"Debug": "on"}), timeout=20
         )
     )
     assert code is INVALID
@@ -161,7 +161,7 @@ def test_unknown_endpoint_option_and_label(node: AgentNode) -> None:
     code, message = refused(
         lambda: node.endpoints.SetLabels(
             pb.SetLabelsRequest(ref=first, remove=labels_to_proto(Labels.parse(["none=x"]))),
-            timeout=5,
+            timeout=20,
         )
     )
     assert code is INVALID
@@ -241,7 +241,7 @@ def test_policy_that_outgrows_its_map_later_is_told_and_concerns_nobody_else(
         for name in names:
             node.workload(name, f"crowd={name}")
         eventually(
-            lambda: node.get("first").state == "not-ready", within_s=5, what="it is outgrown"
+            lambda: node.get("first").state == "not-ready", within_s=30, what="it is outgrown"
         )
         assert "needs 6 map entries, 4 are allowed" in node.get("first").message
         assert set(rows(node)) >= set(before)

@@ -117,12 +117,12 @@ def test_the_world_and_the_node(node: AgentNode) -> None:
 def test_sessions_that_are_open_when_policy_comes(node: AgentNode) -> None:
     """The node speaks first: what counts is who connected, and whether that is allowed."""
     with session(node, OPEN) as allowed, session(node, SHUT, NODE6) as denied:
-        assert allowed.works()
-        assert denied.works()
+        assert allowed.works(within_s=10)
+        assert denied.works(within_s=10)
         node.apply(INGRESS)
         allowed.far.sendall(b"node first")
         assert allowed.near.recv(64) == b"node first"
-        assert allowed.works()
+        assert allowed.works(within_s=10)
         denied.far.sendall(b"node first")
         denied.near.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -148,14 +148,14 @@ def test_policy_outlives_the_agent(node: AgentNode) -> None:
     node.apply(INGRESS)
     with listener(node, SHUT), session(node, OPEN) as stream:
         node.stop("agent", signal.SIGKILL)
-        assert stream.works()
+        assert stream.works(within_s=10)
         assert not connects(node, "world", NODE4, SHUT)
         node.stop("identity")
         node.start("agent")  # by the policies as saved
-        assert stream.works()
+        assert stream.works(within_s=10)
         assert not connects(node, "world", NODE4, SHUT)
         node.start("identity")
-        eventually(lambda: node.component("identity").state == "Ok", within_s=10, what="session")
+        eventually(lambda: node.component("identity").state == "Ok", within_s=30, what="session")
         node.delete_policies()
         assert connects(node, "world", NODE4, SHUT)
 
@@ -179,7 +179,7 @@ def test_a_node_that_is_not_selected_or_not_enforced(node: AgentNode) -> None:
     assert not node.ping("world", NODE4)
     node.stop("agent")
     node.start("agent", "--enable-policy", "never")
-    eventually(lambda: node.ping("world", NODE4), within_s=5, what="nothing is enforced")
+    eventually(lambda: node.ping("world", NODE4), within_s=30, what="nothing is enforced")
     node.stop("agent")
     node.start("agent", "--policy-audit-mode", "on")
     assert node.ping("world", NODE4)

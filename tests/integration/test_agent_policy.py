@@ -336,7 +336,7 @@ def test_endpoint_that_vanishes_with_its_namespace_is_removed(node: AgentNode) -
     name = f"{node.base}-brief"
     subprocess.run(["ip", "netns", "del", name], check=True)
     node.namespaces.remove(name)
-    eventually(lambda: refused_or_none(node, "brief"), within_s=10, what="the endpoint is removed")
+    eventually(lambda: refused_or_none(node, "brief"), within_s=30, what="the endpoint is removed")
 
 
 def refused_or_none(node: AgentNode, name: str) -> bool:

@@ -225,7 +225,7 @@ def nothing_passes(node: AgentNode, places: Places, tag: str) -> None:
     assert not places.asked(f"/forbidden-{tag}")
 
 
-def all_pass(node: AgentNode, places: Places, path: str = "/allowed", within_s: float = 10) -> None:
+def all_pass(node: AgentNode, places: Places, path: str = "/allowed", within_s: float = 30) -> None:
     """Everybody is reached, soon."""
     eventually(
         lambda: reached(node, places, path, 2.0) == set(places.addresses),
@@ -266,16 +266,19 @@ def test_flushed(node: AgentNode, outward: Places, what: str) -> None:
         nothing_passes(node, outward, what)
     finally:
         agent.send_signal(signal.SIGCONT)
-    eventually(lambda: routing(node) == before, within_s=5, what="it is put back")
-    took_s = []
-    for _ in range(3):  # the machine may be busy with others
+    eventually(lambda: routing(node) == before, within_s=30, what="it is put back")
+
+    def put_back_at_once() -> bool:
         run(*node.inside("node", "sh", "-c", FLUSHES[what]))  # by somebody, while the agent runs
-        start = time.monotonic()
-        eventually(lambda: routing(node) == before, within_s=5, what="it is put back")
-        took_s.append(time.monotonic() - start)
-        if took_s[-1] < 1:
-            break
-    assert min(took_s) < 1
+        try:
+            eventually(lambda: routing(node) == before, within_s=1, what="it is put back")
+        except AssertionError:
+            eventually(lambda: routing(node) == before, within_s=30, what="it is put back")
+            return False
+        return True
+
+    # Within a second is what is promised; the machine may be busy with others.
+    assert any(put_back_at_once() for _ in range(5))
     assert reached(node, outward, within_s=2.0) == set(outward.addresses)
 
 
@@ -295,7 +298,7 @@ def test_envoy_down(node: AgentNode, outward: Places) -> None:
     xds.send_signal(signal.SIGSTOP)
     try:
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not listening(node, ports[0]), within_s=5, what="Envoy is gone")
+        eventually(lambda: not listening(node, ports[0]), within_s=30, what="Envoy is gone")
         assert not reached(node, outward)
         nothing_passes(node, outward, "down")
         with node.socket("node") as squatter:
@@ -355,7 +358,7 @@ def test_refused_by_the_proxy(node: AgentNode, outward: Places) -> None:
         node.apply(EGRESS.replace("/allowed", "/refused"))
         eventually(
             lambda: "refused by the proxy" in node.component("proxy").message,
-            within_s=10,
+            within_s=30,
             what=f"the status says it: {node.component('proxy')}",
         )
         nothing_passes(node, outward, "refused-other")
@@ -401,7 +404,7 @@ def test_policy_of_the_node_is_not_about_the_proxys_connections(
     node.apply(OF_THE_NODE.replace("egress: [{toEntities: [cluster]}]", "ingress: [{}]"))
     eventually(
         lambda: reached(node, outward, within_s=2.0) == set(outward.addresses) - {"node4", "node6"},
-        within_s=10,
+        within_s=30,
         what="the node is not reached",
     )
     audit = node.policy.AuditKernel(pb.AuditKernelRequest(), timeout=20)
@@ -446,6 +449,7 @@ def test_rules_deleted_while_in_use(node: AgentNode, outward: Places) -> None:
 
 def test_an_agent_comes_and_goes(node: AgentNode, outward: Places) -> None:
     """Killed and started again: connections go on, under the same listeners."""
+
     before = redirects(node)
     with contextlib.ExitStack() as stack:
         open_ones = [
@@ -461,8 +465,9 @@ def test_an_agent_comes_and_goes(node: AgentNode, outward: Places) -> None:
         for connection in open_ones:
             assert ask(connection, "GET", "/allowed")[0] == 200
             assert ask(connection, "GET", "/forbidden")[0] == 403
-    (after,) = redirects(node)
-    assert after in before
+    # What earlier policies had is let go of, once the proxy has said so.
+    eventually(lambda: len(redirects(node)) == 1, within_s=30, what="one listener is left")
+    assert redirects(node)[0] in before
 
 
 def test_both_ends_have_rules(node: AgentNode, outward: Places) -> None:
@@ -514,12 +519,12 @@ def test_requests_are_told_of(node: AgentNode, outward: Places) -> None:
         eventually(
             # Each worker of Envoy's tells of its own, in its own time.
             lambda: {"GET", "PUT"} <= {e.l7.http.method for e in found},
-            within_s=5,
+            within_s=30,
             what=f"the requests are told of: {found}",
         )
     finally:
         stream.cancel()
-        thread.join(timeout=5)
+        thread.join(timeout=30)
     denied = next(e for e in found if e.l7.http.method == "PUT")
     assert (denied.verdict, denied.l7.http.code, denied.direction) == ("DENIED", 403, "egress")
     assert denied.source.name == "default/tiefighter"

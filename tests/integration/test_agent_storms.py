@@ -90,7 +90,7 @@ class Forbidden:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=30)
         self._held.close()
 
     def _connect(self) -> None:
@@ -208,7 +208,7 @@ def test_killed_at_any_moment_while_policies_alternate(node: AgentNode, rounds: 
             node.start("agent")
             applying.pause()
             ready(node, "server", "client")
-            eventually(lambda: converged(node), within_s=5, what="what is stored is enforced")
+            eventually(lambda: converged(node), within_s=30, what="what is stored is enforced")
             stored = node.policy.Get(pb.GetPoliciesRequest(), timeout=10).policies[0].document
             for port in EITHER:
                 allowed = f'"{port}"'.encode() in stored

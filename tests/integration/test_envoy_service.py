@@ -107,7 +107,7 @@ class Service(Wire):
 
     def status(self) -> pb.StatusResponse:  # type: ignore[override]  # of the service, not of a path
         stub: Any = xds_pb2_grpc.XdsStatusServiceStub(self.channel)
-        answer: pb.StatusResponse = stub.Status(pb.StatusRequest(), timeout=5)
+        answer: pb.StatusResponse = stub.Status(pb.StatusRequest(), timeout=20)
         return answer
 
     def code(self, path: str, number: int = 0) -> int:
@@ -133,7 +133,7 @@ def service(request: pytest.FixtureRequest) -> Iterator[Service]:
         made.remove()
 
 
-def eventually(check: Callable[[], object], what: str, within_s: float = 10) -> None:
+def eventually(check: Callable[[], object], what: str, within_s: float = 30) -> None:
     deadline = time.monotonic() + within_s
     while not check():
         assert time.monotonic() < deadline, what
@@ -247,13 +247,13 @@ def test_killed_and_started_again_it_finds_its_envoy_and_sends_it_nothing(
 
     # Envoy's turn to be killed.
     os.kill(envoy, signal.SIGKILL)
-    eventually(lambda: service.envoys() not in ([], [envoy]), "another Envoy", within_s=3)
+    eventually(lambda: service.envoys() not in ([], [envoy]), "another Envoy", within_s=30)
 
     def serves() -> bool:
         with contextlib.suppress(OSError), service.connect(within_s=0.1):
             return True
         return False
 
-    eventually(serves, "it listens", within_s=3)
+    eventually(serves, "it listens", within_s=30)
     assert (service.code("/0"), service.code("/1")) == (200, 403)
     agent.close()

@@ -310,7 +310,7 @@ async def test_a_backup_is_consistent_while_writers_write(path: Path, tmp_path: 
     """Two keys always change together; in a copy they must be equal."""
     copy = tmp_path / "copy.sqlite"
     async with await open_store(path) as store:
-        stop = asyncio.Event()
+        stop, written = asyncio.Event(), asyncio.Event()
 
         async def write() -> None:
             count = 0
@@ -318,13 +318,15 @@ async def test_a_backup_is_consistent_while_writers_write(path: Path, tmp_path: 
                 count += 1
                 value = b"%d" % count
                 await store.txn(Txn(success=(Put(b"left", value), Put(b"right", value))))
+                written.set()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(4):
                 group.create_task(write())
-            await asyncio.sleep(0.05)
+            await written.wait()
             revision = await store.backup(copy)
-            await asyncio.sleep(0.02)
+            written.clear()
+            await written.wait()
             stop.set()
         with pytest.raises(FileExistsError):
             await store.backup(copy)
