@@ -6,12 +6,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
+# The tests start services by the hundred, and each would compile all of its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_VENV := .venv/bin/python
-# Those that share nothing of the machine run a file a processor; the others one after the other.
-TESTS_APART := tests/unit tests/datapath tests/lint
-TESTS_ALONE := tests/integration tests/e2e tests/kernels
-APART := -n auto --dist loadfile
+# What takes longest and what waits most comes first, so that the short ones fill the gaps. A file
+# runs in one of the workers, and the end-to-end tests in one together (tests/conftest.py).
+TESTS := tests/e2e tests/lint tests/integration tests/kernels tests/datapath tests/unit
+WORKERS ?= auto
+APART := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 # ---- for people
@@ -36,17 +39,16 @@ lab: setup bpf ## Start the Star Wars lab, and leave it running
 
 .PHONY: test
 test: setup bpf ## All tests but the slow ones (within 15 minutes)
-	@failed=0; \
-	$(PYTHON_VENV) -m pytest $(TESTS_APART) $(APART) -m "not slow" $(PYTEST_ARGS) || failed=1; \
-	$(PYTHON_VENV) -m pytest $(TESTS_ALONE) -m "not slow" $(PYTEST_ARGS) || failed=1; \
-	exit $$failed
+	@$(PYTHON_VENV) -m pytest $(TESTS) $(APART) -m "not slow" $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: export CILIA_PROPERTY_EXAMPLES ?= 2000
 test-all: setup bpf ## Slow and property tests too; CILIA_PROPERTY_EXAMPLES sets how many
 	@failed=0; \
-	$(PYTHON_VENV) -m pytest $(TESTS_APART) $(APART) $(PYTEST_ARGS) || failed=1; \
-	$(PYTHON_VENV) -m pytest $(TESTS_ALONE) $(PYTEST_ARGS) || failed=1; \
+	$(PYTHON_VENV) -m pytest $(TESTS) $(APART) -m "not slow" $(PYTEST_ARGS) || failed=1; \
+	$(PYTHON_VENV) -m pytest tests/unit tests/datapath $(APART) -m slow $(PYTEST_ARGS) || failed=1; \
+	$(PYTHON_VENV) -m pytest tests/integration tests/e2e tests/kernels -m slow $(PYTEST_ARGS) \
+		|| failed=1; \
 	exit $$failed
 
 .PHONY: bench

@@ -22,9 +22,11 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # A shared machine stalls now and then: how long an example takes says nothing of the code.
 settings.register_profile("cilia", deadline=None)
@@ -194,6 +196,22 @@ def _sequence(nodeid: str) -> str:
     return f"{sum(nodeid.encode()) % 1000:03d}"
 
 
+# ---- workers
+
+
+class _Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types
+    """A file is one worker's; so are all end-to-end tests, each of which may look at the machine
+    as its user does: which labs are there, and what a lab left outside of its namespaces."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/e2e" if nodeid.startswith("tests/e2e/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 # ---- leaks
 
 
@@ -261,11 +279,12 @@ def _snapshot() -> set[str]:
 
 def _of_another_run(leak: str) -> bool:
     match = re.search(r"(?:cil[t-]-?|\be2e)(\d+)\b", leak)
-    return match is not None and int(match[1]) not in {os.getpid(), os.getppid()}
+    return match is not None and int(match[1]) not in _pids
 
 
 _before: set[str] = set()
 _mark = ""
+_pids = {os.getpid(), os.getppid()}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -280,9 +299,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker has ended, and said whose names are its own."""
+    with contextlib.suppress(AttributeError, KeyError):  # one that crashed said nothing
+        _pids.add(node.workeroutput["pid"])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not _mark:
+        if output := getattr(session.config, "workeroutput", None):
+            output["pid"] = os.getpid()
         return
     leaks = sorted(leak for leak in _snapshot() - _before if not _of_another_run(leak))
     leaks += [f"process {pid}: {command}" for pid, command in _processes(_mark).items()]
