@@ -23,8 +23,6 @@ table inet filter {
   chain input {
     type filter hook input priority 0; policy %s;
     ct state established,related accept
-    iif lo accept
-    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
     %s
   }
 }
@@ -58,6 +56,13 @@ def space(need_netns: None, need_nft: None) -> Iterator[Thread]:
         ("drop", "ct state vmap { established : accept, new : jump deeper }", OURS, (False, True)),
         ("drop", "tcp dport { 22, 80 } accept", "", (True, True)),
         ("drop", "meta l4proto { tcp, udp } accept", "", (False, False)),
+        ("drop", "iif lo accept", "", (True, True)),
+        (
+            "drop",
+            "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept",
+            "",
+            (True, True),
+        ),
         ("drop", "meta nfproto ipv4 accept", "", (True, True)),  # IPv6 is left
         ("drop", "jump deeper", OURS, (False, True)),
         ("drop", "goto deeper", "return", (True, True)),
