@@ -304,6 +304,10 @@ class Object:
         if not isinstance(node.value, dict):
             c.fault(path, node, f"must be a mapping, not {kind_of(node.value)}")
             return INVALID
+        if not path and {"apiVersion", "kind"} <= node.value.keys() - self.fields.keys():
+            # Another file than was meant: a fault a field would not say so.
+            c.fault("", node, f"this is a {shown(node.value['kind'].value)}, not {c.document}")
+            return INVALID
         c.inside.append((path, self.fields))
         try:
             return self._check_fields(node, path, c)

@@ -63,6 +63,7 @@ def test_sides_and_ports_are_multiplied() -> None:
         ("{name: a}, ", "{name: a}, {name: a}, ", "endpoints[1]", "also the name"),
         ("enforcement: always", "enforcement: on", "enforcement", "not a known mode"),
         ("tests:", "test:", "test", 'did you mean "tests"'),
+        ("tests:", "apiVersion: v1\nkind: Pod\ntests:", "", "this is a 'Pod', not expectations"),
     ],
 )
 def test_faults_name_the_place(old: str, new: str, path: str, message: str) -> None:

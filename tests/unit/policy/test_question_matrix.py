@@ -714,6 +714,7 @@ def test_inventory_forms() -> None:
     [
         ("[{labels: {}}]", "[0].name", "is missing"),
         ("[{name: a, lables: {}}]", "[0].lables", 'did you mean "labels"'),
+        ("{apiVersion: v1, kind: Pod, metadata: {}}", "", "this is a 'Pod', not endpoints"),
         ("[{name: a}, {name: a}]", "[1]", "also the name of the one in line 1"),
         ("[{name: a, ips: [10.0.0]}]", "[0].ips[0]", "not an IPv4 or IPv6 address"),
         ("[{name: a, ports: [{name: x, port: 0}]}]", "[0].ports[0].port", "outside 1 to 65535"),
