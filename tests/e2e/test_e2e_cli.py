@@ -292,7 +292,8 @@ def test_bpf_dumps(lab: Lab, policy: str) -> None:
     assert "open" in endpoints[server["ipv6"]]["flags"]
     metrics = lab.cilia.json("bpf", "metrics", "list")
     assert any(r["reason"] == 0 and r["packets"] for r in metrics["metrics"])
-    for noun in ("policy", "ct", "ipcache", "endpoint", "metrics"):
+    assert lab.http("client", "http://server/")["exit"] == 0  # a closed connection is not kept long
+    for noun in ("ct", "policy", "ipcache", "endpoint", "metrics"):
         assert lab.cilia.ok("bpf", noun, "list").splitlines()[1:]
 
 
