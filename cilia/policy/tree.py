@@ -4,8 +4,8 @@ YAML (many documents) and JSON both become the same nodes, with 1-based lines an
 come from people and from the network, so everything is bounded: bytes, nesting, number of values,
 and the size that YAML aliases expand to. A key given twice is a fault, not a silent overwrite.
 
-JSON is read by its own small parser: ruamel.yaml would do, at a hundredth of the speed. So is YAML
-as most people write it (`blockyaml`); ruamel.yaml is imported only for the rest, and for faults.
+JSON is read by its own small parser: ruamel.yaml would do, at a hundredth of the speed. ruamel.yaml
+is imported only when YAML is read, so a process that only loads stored documents never pays for it.
 """
 
 from __future__ import annotations
@@ -258,16 +258,6 @@ def parse_yaml(text: str) -> list[Node]:
             f"JSON may have {MAX_JSON_BYTES >> 20} MiB"
         )
     _refuse_deep_flow(text)
-    from cilia.policy import blockyaml  # which makes nodes of this module
-
-    try:
-        return blockyaml.BlockReader(text, _plain_scalar).read()
-    except (blockyaml.NotPlain, TreeError):
-        return _parse_any_yaml(text)
-
-
-def _parse_any_yaml(text: str) -> list[Node]:
-    """By ruamel.yaml, which knows all of the language."""
     import ruamel.yaml  # slow to import, and needed by few processes
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
