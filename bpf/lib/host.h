@@ -42,7 +42,8 @@ static __always_inline bool end_is_host(const struct end *end)
 
 static __always_inline bool mark_is_from_proxy(__u32 mark)
 {
-	mark &= MARK_MAGIC_MASK;
+	/* All of the lower half: 0xca6c, a tunnel's by wg-quick, has the proxy's bits too. */
+	mark &= MARK_OWNER_MASK;
 	return mark == MARK_FROM_INGRESS_PROXY || mark == MARK_FROM_EGRESS_PROXY;
 }
 

@@ -125,6 +125,7 @@ _Static_assert(sizeof(struct policy_meta) == 24, "struct policy_meta");
  * those of a listener and of what it accepted have its port there.
  */
 #define MARK_MAGIC_MASK         0x0f00u
+#define MARK_OWNER_MASK         0xffffu /* of the proxy's own marks, which say nothing else there */
 #define MARK_TO_PROXY           0x0200u
 #define MARK_FROM_INGRESS_PROXY 0x0a00u
 #define MARK_FROM_EGRESS_PROXY  0x0b00u

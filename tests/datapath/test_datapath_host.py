@@ -389,6 +389,15 @@ def test_a_proxys_connections_are_judged_where_they_began(
         assert said(node.node_sends(tcp(v6, me, remote, "A", 40000 + mark, 80))) == (TC_OK, [])
 
 
+def test_marks_of_others_are_not_the_proxys(node: Node, v6: bool, names: tuple[str, str]) -> None:
+    me, remote = names
+    node.host([])
+    # 0xca6c is what wg-quick gives the packets that a tunnel sends.
+    for mark in (0xCA6C, 0x1A00, 0xB01, 0xCA6C | 0x1F90 << 16):
+        packet = tcp(v6, me, remote, "S", 50000, 80)
+        assert said(node.node_sends(packet, mark=mark)) == DENIED
+
+
 def test_control_ports_stay_open(objects: None) -> None:
     def port(number: int, proto: int, egress: bool) -> bytes:
         return socket.htons(number).to_bytes(2, "little") + bytes([proto, egress])
