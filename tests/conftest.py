@@ -18,6 +18,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,6 +32,11 @@ from xdist.scheduler import LoadFileScheduling
 # A shared machine stalls now and then: how long an example takes says nothing of the code.
 settings.register_profile("cilia", deadline=None)
 settings.load_profile("cilia")
+
+# A shell without job control starts what runs in the background with SIGINT ignored, which is
+# inherited: tests that interrupt a command would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REQUIRE_KERNEL = os.environ.get("REQUIRE_KERNEL") == "1"
 MARK = "CILIA_TEST_SESSION"
