@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scapy.layers.inet import TCP as TCPHeader
+from scapy.layers.inet import UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
@@ -108,6 +109,18 @@ class Proxied(Live):
                 BOTH_PORT: ("/both", FROM_EGRESS),
             },
         )
+
+    def run(self, program: str, packet: Packet | bytes, ifindex: int, **ctx: int) -> Result:
+        """With the events of the packet's own ports. The node is live: on connections of earlier
+        tests somebody may be trying again, at any moment."""
+        out = super().run(program, packet, ifindex, **ctx)
+        frame = Ether(bytes(packet))
+        layer = next((kind for kind in (TCPHeader, UDP) if kind in frame), None)
+        if layer is None:
+            return out
+        ports = {frame[layer].sport, frame[layer].dport}
+        own = [e for e in out.events if {int(e["sport_be"]), int(e["dport_be"])} == ports]
+        return replace(out, events=own)
 
     def _attach(self) -> None:
         super()._attach()
@@ -470,12 +483,6 @@ def test_only_the_nodes_stack_speaks_for_the_proxy(net: Proxied, v6: bool) -> No
     assert dropreason.NOT_THE_PROXY not in forwarded.drops
 
 
-def own_drops(out: Result) -> list[int]:
-    """Of the packet that was run. The node is live: on connections of earlier tests somebody may
-    be trying again, at any moment, and nobody answers them."""
-    return [reason for reason in out.drops if reason != dropreason.NOT_THE_PROXY]
-
-
 def test_a_packet_for_the_proxy_does_not_leave(net: Proxied, v6: bool) -> None:
     for program, ifindex in (("to_endpoint", net.b.ifindex), ("to_netdev", net.up)):
         frame = Ether(src=net.b.node_mac, dst=net.b.mac) / tcp(v6, net.a, net.b, "S")
@@ -483,21 +490,21 @@ def test_a_packet_for_the_proxy_does_not_leave(net: Proxied, v6: bool) -> None:
             program, frame, ifindex, mark=tproxy.mark_of(OUT_PORT), ingress_ifindex=net.a.ifindex
         )
         assert out.verdict == TC_SHOT
-        assert own_drops(out) == [dropreason.PROXY_MISSED]
+        assert out.drops == [dropreason.PROXY_MISSED]
 
 
 def test_no_proxy_takes_anything_but_tcp(net: Proxied, v6: bool) -> None:
     net.policy(net.a, [Rule(True, proto=17, port=53, plen=24, id=203, proxy=OUT_PORT)])
     out = net.send(net.a, udp(v6, net.a, net.b, 5000, 53))
     assert out.verdict == TC_SHOT
-    assert own_drops(out) == [dropreason.PROXY_UNSUPPORTED_PROTO]
+    assert out.drops == [dropreason.PROXY_UNSUPPORTED_PROTO]
 
 
 def test_answers_that_the_proxy_did_not_send(net: Proxied, v6: bool) -> None:
     """Neither the responder nor somebody outside can speak on a redirected connection."""
     net.policy(net.a, [*ALL, replace(EGRESS_L7, port=80)])
     # A test run can give no packet a socket.
-    assert own_drops(net.send(net.a, tcp(v6, net.a, net.b, "S"))) in ([], [SOCKET_ASSIGN_FAILED])
+    assert net.send(net.a, tcp(v6, net.a, net.b, "S")).drops in ([], [SOCKET_ASSIGN_FAILED])
     ((_, entry),) = net.ct()
     assert entry["flags"] & constants.CT_F_PROXY
     assert entry["proxy_port_be"] == OUT_PORT
@@ -513,10 +520,10 @@ def test_nobody_listens(net: Proxied, v6: bool) -> None:
     """Neither does somebody who has not the proxy's mark."""
     net.policy(net.a, [*ALL, replace(EGRESS_L7, port=80, proxy=10009)])
     sent = net.send(net.a, tcp(v6, net.a, net.b, "S"))
-    assert own_drops(sent) == [dropreason.SOCKET_LOOKUP_FAILED]
+    assert sent.drops == [dropreason.SOCKET_LOOKUP_FAILED]
     with net.socket("node", socket.SOCK_STREAM, "::1" if v6 else "127.0.0.1", 10009):
         sent = net.send(net.a, tcp(v6, net.a, net.b, "S", 40002))
-        assert own_drops(sent) == [dropreason.SOCKET_LOOKUP_FAILED]
+        assert sent.drops == [dropreason.SOCKET_LOOKUP_FAILED]
 
 
 def test_what_is_only_seen_passes_without_the_proxy(net: Proxied, serve: None, v6: bool) -> None:
@@ -616,10 +623,10 @@ def test_forwarded_to_an_endpoint_that_is_to_be_seen(net: Proxied, v6: bool) -> 
     """No device's program could redirect it: it passes, where rules would drop it."""
     came = tcp(v6, remote(v6), net.b, "S", dport=WEB)
     net.policy(net.b, [*ALL, INGRESS_L7])
-    assert own_drops(net.stack_sends(net.b, came, came_in=net.up)) == [dropreason.PROXY_MISSED]
+    assert net.stack_sends(net.b, came, came_in=net.up).drops == [dropreason.PROXY_MISSED]
     net.policy(net.b, [*ALL, INGRESS_SEEN])
     again = tcp(v6, remote(v6), net.b, "S", 40003, WEB)
-    assert own_drops(net.stack_sends(net.b, again, came_in=net.up)) == []
+    assert net.stack_sends(net.b, again, came_in=net.up).drops == []
 
 
 def test_twenty_thousand_connections(net: Proxied) -> None:

@@ -179,9 +179,9 @@ def test_a_redirect_is_acknowledged_when_it_is_enforced(service: Service) -> Non
         ),
         "Envoy's counters",
     )
-    status = service.status()
-    assert status.envoy.state == "running"
-    assert status.envoy.version == "1.40.0"
+    # It serves before it is asked whether it does.
+    eventually(lambda: service.status().envoy.state == "running", "Envoy runs")
+    assert service.status().envoy.version == "1.40.0"
 
     agent.send(removed=(10_000,))
     agent.wait(10_000, pb.RedirectState.REMOVED)
