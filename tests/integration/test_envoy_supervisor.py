@@ -190,9 +190,12 @@ async def test_what_only_looks_like_our_envoy_is_left_alone(run_dir: Path) -> No
     # Anybody's process may say what it likes on its command line.
     words = ["sh", "--config-path", str(supervisor._config)]
     with subprocess.Popen(  # noqa: ASYNC220 - it waits for its input to end, and does nothing
-        ["setpriv", "--reuid", "65533", "--clear-groups", "sh", "-c", "read x; :", *words],
+        ["setpriv", "--reuid", "65533", "--clear-groups", "sh", "-c", "echo; read x; :", *words],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as impostor:
+        assert impostor.stdout is not None
+        impostor.stdout.readline()  # it has its command line by now
         assert [p.pid for p in Process.find(run_dir / "envoy")] == [impostor.pid]
         async with running(supervisor):
             assert await another_pid(supervisor) != impostor.pid
