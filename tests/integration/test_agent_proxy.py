@@ -101,21 +101,25 @@ def once(node: AgentNode, name: str, address: str, method: str, path: str) -> tu
         return ask(connection, method, path)
 
 
+@contextlib.contextmanager
+def served(tag: str, **deathstar: Any) -> Iterator[AgentNode]:
+    """A node with all services, a tiefighter, and a deathstar with a web server."""
+    with AgentNode(tag) as node:
+        node.start("identity")
+        node.start("xds", wait=True)
+        node.start("agent")
+        node.workload("deathstar", *EMPIRE, **deathstar)
+        node.workload("tiefighter", *FIGHTER)
+        with contextlib.closing(Web(node, "deathstar")):
+            yield node
+
+
 @pytest.fixture(scope="module")
 def node(
     need_objects: None, need_netns: None, need_nft: None, need_redirect_peer: None
 ) -> Iterator[AgentNode]:
-    with AgentNode("proxy") as node:
-        node.start("identity")
-        node.start("xds", wait=True)
-        node.start("agent")
-        node.workload("deathstar", *EMPIRE)
-        node.workload("tiefighter", *FIGHTER)
-        web = Web(node, "deathstar")
-        try:
-            yield node
-        finally:
-            web.close()
+    with served("proxy") as node:
+        yield node
 
 
 def test_requests_are_judged(node: AgentNode) -> None:

@@ -17,17 +17,15 @@ import pytest
 from protos.agent.v1 import agent_pb2 as pb
 from tests.integration.agentnode import AgentNode, eventually, run
 from tests.integration.test_agent_proxy import (
-    EMPIRE,
-    FIGHTER,
     FIREWALL,
     USUAL,
-    Web,
     ask,
     connect,
     envoy_of,
     listening,
     once,
     redirects,
+    served,
 )
 
 KEY = "io.cilium.proxy-visibility"
@@ -46,17 +44,8 @@ spec:
 def seen(
     need_objects: None, need_netns: None, need_nft: None, need_redirect_peer: None
 ) -> Iterator[AgentNode]:
-    with AgentNode("seen") as node:
-        node.start("identity")
-        node.start("xds", wait=True)
-        node.start("agent")
-        node.workload("deathstar", *EMPIRE, annotations={KEY: SEEN.lower()})
-        node.workload("tiefighter", *FIGHTER)
-        web = Web(node, "deathstar")
-        try:
-            yield node
-        finally:
-            web.close()
+    with served("seen", annotations={KEY: SEEN.lower()}) as node:
+        yield node
 
 
 class Requests:
